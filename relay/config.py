@@ -1,0 +1,395 @@
+"""Configuration: TOML and flags in, frozen and validated slices out.
+
+Every key has a default, so that no file is needed. Each module of relay gets the slice it needs
+and no more. Unknown keys are errors, and so is every value out of range: a daemon that starts
+understood its whole configuration. This module knows no other module of relay.
+
+Sizes are in bytes and durations in seconds once parsed; files may say ``"64 MiB"`` and ``"30 s"``.
+"""
+
+import re
+import string
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import quote, urlsplit
+
+Slice = TypeVar("Slice")
+
+FRAME_SIZE_MIN: Final = 4096
+FRAME_SIZE_MAX: Final = 16 * 1024 * 1024
+"""RabbitMQ 4's default limit on a message's size (``max_message_size``)."""
+
+ROUTING_KEY_FIELDS: Final = ("transfer", "route", "client")
+LOOPBACK: Final = ("127.", "[::1]:", "localhost:", "unix:")
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be used. One line: which key, and why."""
+
+
+# --- parsers of single values ------------------------------------------------------------------
+# Each takes the TOML value and returns the value to keep, or raises ValueError with the reason.
+
+
+def parse_size(value: object) -> int:
+    """Bytes from an integer or text such as ``"64 MiB"`` (KiB, MiB, GiB, TiB, B)."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, str) and (match := re.fullmatch(r"(\d+)\s*([KMGT]iB|B)?", value.strip())):
+        number = int(match[1]) << {"K": 10, "M": 20, "G": 30, "T": 40}.get((match[2] or "B")[0], 0)
+    else:
+        raise ValueError('a size is bytes or text such as "64 MiB"')
+    if number < 0:
+        raise ValueError("a size is not negative")
+    return number
+
+
+def parse_duration(value: object) -> float:
+    """Seconds from a number or text such as ``"30 s"`` (ms, s, min, h)."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif isinstance(value, str) and (
+        match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h)?", value.strip())
+    ):
+        seconds = float(match[1]) * {"ms": 0.001, "min": 60, "h": 3600}.get(match[2] or "s", 1)
+    else:
+        raise ValueError('a duration is seconds or text such as "30 s"')
+    if not 0 <= seconds <= 366 * 86400:
+        raise ValueError("a duration is between 0 and a year")
+    return seconds
+
+
+def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise ValueError(f"an integer between {minimum} and {maximum}")
+        return value
+
+    return parse
+
+
+def _positive_size(value: object) -> int:
+    if (size := parse_size(value)) == 0:
+        raise ValueError("a size above 0")
+    return size
+
+
+def _positive_duration(value: object) -> float:
+    if (seconds := parse_duration(value)) == 0:
+        raise ValueError("a duration above 0")
+    return seconds
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("text")
+    return value
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def _one_of(*choices: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value not in choices:
+            raise ValueError("one of " + ", ".join(choices))
+        return str(value)
+
+    return parse
+
+
+def _list_of(parse_item: Callable[[object], str]) -> Callable[[object], tuple[str, ...]]:
+    def parse(value: object) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise ValueError("a list")
+        return tuple(parse_item(item) for item in value)
+
+    return parse
+
+
+def parse_address(value: object) -> str:
+    """``host:port``, ``[v6]:port`` or ``unix:PATH``; port 0 lets the system choose."""
+    text = _text(value)
+    if text.startswith("unix:"):
+        if len(text) == len("unix:"):
+            raise ValueError("unix: needs a path")
+        return text
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError("an address is host:port, [v6]:port or unix:PATH")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ValueError("an IPv6 address stands in brackets: [::1]:8480")
+    return text
+
+
+def _admin_address(value: object) -> str:
+    return "" if value == "" else parse_address(value)
+
+
+def _amqp_url(value: object) -> str:
+    try:
+        parts = urlsplit(_text(value))
+        valid = parts.scheme == "amqp" and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ValueError("an AMQP URL is amqp://user:password@host:port/vhost")
+    return str(value)
+
+
+def _routing_key(value: object) -> str:
+    template = _text(value)
+    for _, name, spec, conversion in string.Formatter().parse(template):
+        if name is not None and (name not in ROUTING_KEY_FIELDS or spec or conversion):
+            raise ValueError("a routing key may use {transfer}, {route} and {client} only")
+    return template
+
+
+def _arguments(value: object) -> Mapping[str, str | int | bool]:
+    if not isinstance(value, dict) or not all(isinstance(v, str | int) for v in value.values()):
+        raise ValueError("a table of text, integers and booleans")
+    return dict(value)
+
+
+def _key(default: Any, parse: Callable[[object], Any]) -> Any:
+    """A configuration key with its default (as a file would say it) and its parser."""
+    return field(default=parse(default), metadata={"parse": parse})
+
+
+# --- the slices --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """The upload listener; ``[http]``. Timeouts in seconds, sizes in bytes."""
+
+    listen: tuple[str, ...] = _key(["127.0.0.1:8480"], _list_of(parse_address))
+    anonymous: bool = _key(False, _flag)
+    max_connections: int = _key(1024, _integer(1))
+    max_uploads: int = _key(256, _integer(1))
+    max_header_bytes: int = _key("16 KiB", _positive_size)
+    max_headers: int = _key(100, _integer(1))
+    header_timeout: float = _key("10 s", _positive_duration)
+    body_idle_timeout: float = _key("30 s", _positive_duration)
+    min_body_rate: int = _key("1 KiB", parse_size)
+    min_body_rate_grace: float = _key("10 s", parse_duration)
+    keep_alive_timeout: float = _key("60 s", _positive_duration)
+    drain_timeout: float = _key("30 s", parse_duration)
+    receipt_parts: int = _key(100, _integer(0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmqpConfig:
+    """The broker; ``[amqp]``. Windows are bytes published and not yet confirmed."""
+
+    urls: tuple[str, ...] = _key(["amqp://guest:guest@127.0.0.1:5672/%2f"], _list_of(_amqp_url))
+    password_file: str = _key("", _text)
+    window: int = _key("64 MiB", _positive_size)
+    upload_window: int = _key("8 MiB", _positive_size)
+    heartbeat: float = _key("30 s", parse_duration)
+    reconnect_grace: float = _key("30 s", parse_duration)
+    blocked_grace: float = _key("30 s", parse_duration)
+    confirm_timeout: float = _key("60 s", _positive_duration)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdminConfig:
+    """The admin listener; ``[admin]``. An empty address turns it off."""
+
+    listen: str = _key("127.0.0.1:8481", _admin_address)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """``[log]``. ``auto`` is logfmt, with syslog levels where journald reads them."""
+
+    level: str = _key("info", _one_of("debug", "info", "warning", "error"))
+    format: str = _key("auto", _one_of("auto", "logfmt", "json"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueConfig:
+    """A queue to declare, durable, when the daemon connects; ``[routes.NAME.queue]``."""
+
+    name: str = _key("uploads", _text)
+    type: str = _key("quorum", _one_of("quorum", "classic", "stream"))
+    arguments: Mapping[str, str | int | bool] = field(
+        default_factory=lambda: {"x-overflow": "reject-publish", "x-single-active-consumer": True},
+        metadata={"parse": _arguments},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteConfig:
+    """Where transfers go; ``[routes.NAME]``. 0 means no limit."""
+
+    name: str
+    exchange: str = _key("", _text)
+    routing_key: str = _key("uploads", _routing_key)
+    mandatory: bool = _key(True, _flag)
+    persistent: bool = _key(True, _flag)
+    frame_size: int = _key(131064, parse_size)
+    digests: tuple[str, ...] = _key([], _list_of(_one_of("crc32c", "sha-256", "sha-512")))
+    max_bytes: int = _key(0, parse_size)
+    max_part_bytes: int = _key(0, parse_size)
+    max_parts: int = _key(1000, _integer(1))
+    max_part_header_bytes: int = _key("8 KiB", _positive_size)
+    queue: QueueConfig | None = None
+
+
+DEFAULT_ROUTE: Final = RouteConfig(name="default", queue=QueueConfig())
+"""The route that exists without any configuration."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole configuration, by section."""
+
+    http: HttpConfig = field(default_factory=HttpConfig)
+    amqp: AmqpConfig = field(default_factory=AmqpConfig)
+    admin: AdminConfig = field(default_factory=AdminConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    routes: Mapping[str, RouteConfig] = field(default_factory=lambda: {"default": DEFAULT_ROUTE})
+
+
+# --- loading -----------------------------------------------------------------------------------
+
+
+def load(
+    path: Path | None = None,
+    *,
+    listen: list[str] | None = None,
+    amqp: list[str] | None = None,
+    admin: str | None = None,
+) -> Config:
+    """Read ``path`` (none: defaults), let flags override it, validate the whole.
+
+    Raises:
+        ConfigError: naming the file, the key and the reason.
+    """
+    try:
+        document = _read(path)
+        if listen:
+            _section(document, "http")["listen"] = listen
+        if amqp:
+            _section(document, "amqp")["urls"] = amqp
+        if admin is not None:
+            _section(document, "admin")["listen"] = admin
+        return from_document(document)
+    except ConfigError as exc:
+        raise ConfigError(f"{path}: {exc}" if path else str(exc)) from exc
+
+
+def _read(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigError(f"cannot be read: {reason}") from exc
+
+
+def _section(document: dict[str, Any], name: str) -> dict[str, Any]:
+    section = document.setdefault(name, {})
+    if not isinstance(section, dict):
+        raise ConfigError(f"{name}: is a table, [{name}]")
+    return section
+
+
+def from_document(document: dict[str, Any]) -> Config:
+    """Validate a parsed TOML document.
+
+    Raises:
+        ConfigError: naming the key and the reason.
+    """
+    sections = {"http", "amqp", "admin", "log", "routes"}
+    if unknown := sorted(set(document) - sections):
+        raise ConfigError(f"{unknown[0]}: unknown section")
+    config = Config(
+        http=_slice(HttpConfig(), "http", _section(document, "http")),
+        amqp=_with_password(_slice(AmqpConfig(), "amqp", _section(document, "amqp"))),
+        admin=_slice(AdminConfig(), "admin", _section(document, "admin")),
+        log=_slice(LogConfig(), "log", _section(document, "log")),
+        routes=_routes(_section(document, "routes")),
+    )
+    _check_together(config)
+    return config
+
+
+def _slice(defaults: Slice, where: str, section: Mapping[str, Any]) -> Slice:
+    """``defaults`` with what ``section`` says in place; unknown keys are errors."""
+    known = {f.name: f for f in fields(defaults) if "parse" in f.metadata}  # type: ignore[arg-type]
+    values = {}
+    for key, value in section.items():
+        if key not in known:
+            raise ConfigError(f"{where}.{key}: unknown key")
+        try:
+            values[key] = known[key].metadata["parse"](value)
+        except ValueError as exc:
+            raise ConfigError(f"{where}.{key}: must be {exc}") from exc
+    return replace(defaults, **values)  # type: ignore[type-var]
+
+
+def _routes(section: Mapping[str, Any]) -> Mapping[str, RouteConfig]:
+    routes = {"default": DEFAULT_ROUTE}
+    for name, table in section.items():
+        where = f"routes.{name}"
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise ConfigError(f"{where}: a route's name is 1 to 64 letters, digits, '.', '_', '-'")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{where}: is a table, [{where}]")
+        keys = {key: value for key, value in table.items() if key != "queue"}
+        route = _slice(routes.get(name, RouteConfig(name=name)), where, keys)
+        if "queue" in table:
+            queue = _slice(QueueConfig(), f"{where}.queue", _section(table, "queue"))
+            route = replace(route, queue=queue)
+        elif keys.keys() & {"exchange", "routing_key"}:
+            # A route sent elsewhere does not want the default route's queue.
+            route = replace(route, queue=None)
+        routes[name] = route
+    return routes
+
+
+def _with_password(amqp: AmqpConfig) -> AmqpConfig:
+    if not amqp.password_file:
+        return amqp
+    try:
+        password = Path(amqp.password_file).read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "is not UTF-8"
+        raise ConfigError(f"amqp.password_file: cannot be read: {reason}") from exc
+    urls = []
+    for url in amqp.urls:
+        parts = urlsplit(url)
+        user = parts.username or "guest"
+        host = parts.netloc.rpartition("@")[2]
+        urls.append(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}").geturl())
+    return replace(amqp, urls=tuple(urls))
+
+
+def _check_together(config: Config) -> None:
+    """What no single key can tell."""
+    if not config.http.listen:
+        raise ConfigError("http.listen: must name at least one address")
+    if not config.amqp.urls:
+        raise ConfigError("amqp.urls: must name at least one broker")
+    exposed = [a for a in config.http.listen if not a.startswith(LOOPBACK)]
+    if exposed and not config.http.anonymous:
+        raise ConfigError(
+            f"http.listen: {exposed[0]} is not loopback and uploads are not authenticated;"
+            " set http.anonymous = true if the network alone decides who may upload"
+        )
+    if config.amqp.upload_window > config.amqp.window:
+        raise ConfigError("amqp.upload_window: must not be above amqp.window")
+    for name, route in config.routes.items():
+        if not FRAME_SIZE_MIN <= route.frame_size <= FRAME_SIZE_MAX:
+            raise ConfigError(f"routes.{name}.frame_size: must be 4096 to 16777216 bytes")
+        if route.frame_size > config.amqp.upload_window:
+            raise ConfigError(f"routes.{name}.frame_size: must not be above amqp.upload_window")
