@@ -1,0 +1,1 @@
+"""Frames into RabbitMQ: the only package that knows pika, and knows nothing of HTTP."""

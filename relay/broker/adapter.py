@@ -1,0 +1,246 @@
+"""pika's AMQP engine on a trio stream: no thread, no second event loop.
+
+pika implements the protocol; this module moves its bytes. It is the only place that touches
+pika's private hooks (``_adapter_*``, ``_on_*``), which is why pyproject.toml pins pika's minor
+version. It knows nothing of transfers, confirms or reconnecting: one stream, driven until it ends.
+
+Two things differ from pika's own adapters. Message bodies are queued as they are, never copied
+into an AMQP frame, and leave with ``sendmsg`` of many buffers. And nothing here bounds the queue:
+pika's writes are synchronous, so whoever publishes bounds what is outstanding (``window.py``).
+"""
+
+import struct
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+from typing import Final
+
+import pika.exceptions
+import trio
+from pika.connection import Connection, Parameters
+from pika.spec import FRAME_BODY, FRAME_END, FRAME_METHOD, Basic
+
+READ_SIZE: Final = 64 * 1024
+"""Bytes asked of the socket at once; confirms are small and come many to a read."""
+
+SENDMSG_BUFFERS: Final = 64
+"""Buffers per system call: about twenty frames, some MiB, far below IOV_MAX (1024)."""
+
+_BODY_HEADER: Final = struct.Struct(">BHI")
+_FRAME_END: Final = bytes([FRAME_END])
+
+# The whole AMQP frame of a basic.ack: type, channel, payload size, method, tag, bits, frame end.
+_ACK: Final = struct.Struct(">BHIIQBB")
+_IS_ACK: Final = (FRAME_METHOD, 13, Basic.Ack.INDEX, FRAME_END)
+
+OnAck = Callable[[int, bool], None]
+"""Takes a delivery tag and whether it stands for all up to it."""
+
+_MALFORMED = (
+    pika.exceptions.AMQPError,
+    struct.error,
+    KeyError,
+    IndexError,
+    ValueError,
+)
+"""What pika's decoder raises on bytes that are not AMQP, apart from its own exceptions."""
+
+
+class TrioConnection(Connection):
+    """One AMQP connection over an established stream.
+
+    Construct it, then await ``run``, which ends when the connection does. pika's callbacks are
+    called from within ``run`` and must not block.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        stream: trio.abc.Stream,
+        *,
+        on_open: Callable[[Connection], None],
+        on_closed: Callable[[Connection, Exception], None],
+    ) -> None:
+        """``on_closed`` is called exactly once if ``run`` is, also when opening failed."""
+        self._stream = stream
+        self._queue: deque[bytes | memoryview] = deque()
+        self._queued = 0
+        self._writable = trio.lowlevel.ParkingLot()
+        self._nursery: trio.Nursery | None = None
+        self._lost: Exception | None = None
+        self._on_ack: dict[int, OnAck] = {}
+        super().__init__(
+            parameters,
+            on_open_callback=on_open,
+            on_open_error_callback=on_closed,
+            on_close_callback=on_closed,
+            internal_connection_workflow=False,
+        )
+
+    @property
+    def queued(self) -> int:
+        """Bytes waiting to be written to the socket."""
+        return self._queued
+
+    async def run(self) -> None:
+        """Speak AMQP over the stream until it ends, for whatever reason; then close it."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                if self._lost is not None:  # aborted before it began
+                    nursery.cancel_scope.cancel()
+                self._on_stream_connected()
+                nursery.start_soon(self._read)
+                nursery.start_soon(self._write)
+        finally:
+            # Also when cancelled from outside: whoever waits for a confirm must learn of it.
+            if self._lost is None and self._error is None:
+                self._lost = pika.exceptions.StreamLostError("the connection was abandoned")
+            self._queue.clear()
+            self._queued = 0
+            await trio.aclose_forcefully(self._stream)
+            self._on_stream_terminated(self._lost)
+
+    def abort(self, reason: str) -> None:
+        """Drop the connection without a word to the broker. ``run`` ends; safe to call twice."""
+        self._lose(pika.exceptions.StreamLostError(reason))
+
+    def send_content(
+        self, channel_number: int, method: bytes, header: bytes, body: bytes
+    ) -> None:
+        """Queue a content-bearing method, such as basic.publish.
+
+        Args:
+            channel_number: of an open channel.
+            method: the marshalled AMQP method frame.
+            header: the marshalled AMQP content header frame.
+            body: of the message; it is kept, not copied, until it is written.
+        """
+        size = len(body)
+        head = method + header
+        if size <= self._body_max_length:
+            if size:
+                head += _BODY_HEADER.pack(FRAME_BODY, channel_number, size)
+                self._emit(head, body, _FRAME_END)
+            else:
+                self._emit(head)
+            return
+        view = memoryview(body)
+        for start in range(0, size, self._body_max_length):
+            piece = view[start : start + self._body_max_length]
+            head += _BODY_HEADER.pack(FRAME_BODY, channel_number, len(piece))
+            self._emit(head, piece)
+            head = _FRAME_END
+        self._emit(head)
+
+    def set_on_ack(self, channel_number: int, on_ack: OnAck | None) -> None:
+        """Have ``on_ack`` called for each basic.ack on a channel, past pika's own dispatch."""
+        if on_ack is None:
+            self._on_ack.pop(channel_number, None)
+        else:
+            self._on_ack[channel_number] = on_ack
+
+    # --- moving bytes --------------------------------------------------------------------------
+
+    def _emit(self, *buffers: bytes | memoryview) -> None:
+        for buffer in buffers:
+            self.bytes_sent += len(buffer)
+            self._adapter_emit_data(buffer)
+
+    async def _read(self) -> None:
+        try:
+            while data := await self._stream.receive_some(READ_SIZE):
+                self._on_data_available(self._take_acks(bytes(data)))
+        except trio.BrokenResourceError as exc:
+            self._lose(pika.exceptions.StreamLostError(f"connection lost: {exc.__cause__ or exc}"))
+        except _MALFORMED as exc:
+            self._lose(exc)
+        else:
+            self._lose(pika.exceptions.StreamLostError("the broker closed the connection"))
+
+    def _take_acks(self, data: bytes) -> bytes:
+        """Handle the acks that ``data`` begins with; returns what is left for pika.
+
+        A large upload gets an ack for nearly every frame, and pika's dispatch of one costs as
+        much as publishing a frame does. They are also all that most reads consist of.
+        """
+        position = 0
+        if self._frame_buffer:  # pika holds the beginning of what this continues
+            return data
+        while len(data) - position >= _ACK.size:
+            kind, channel, size, method, tag, bits, end = _ACK.unpack_from(data, position)
+            on_ack = self._on_ack.get(channel)
+            if (kind, size, method, end) != _IS_ACK or on_ack is None:
+                break
+            position += _ACK.size
+            self.bytes_received += _ACK.size
+            self.frames_received += 1
+            on_ack(tag, bool(bits & 1))
+        return data[position:]
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                while not self._queue:
+                    await self._writable.park()
+                self._sent(await self._send(list(islice(self._queue, SENDMSG_BUFFERS))))
+        except (trio.BrokenResourceError, OSError) as exc:
+            self._lose(pika.exceptions.StreamLostError(f"connection lost: {exc.__cause__ or exc}"))
+
+    async def _send(self, buffers: list[bytes | memoryview]) -> int:
+        if isinstance(self._stream, trio.SocketStream):
+            return await self._stream.socket.sendmsg(buffers)
+        data = b"".join(buffers)
+        await self._stream.send_all(data)
+        return len(data)
+
+    def _sent(self, size: int) -> None:
+        self._queued -= size
+        while size:
+            first = self._queue[0]
+            if len(first) > size:
+                self._queue[0] = memoryview(first)[size:]
+                return
+            size -= len(first)
+            self._queue.popleft()
+
+    def _lose(self, error: Exception) -> None:
+        if self._lost is None:
+            self._lost = error
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    # --- the hooks that pika calls -------------------------------------------------------------
+
+    def _adapter_emit_data(self, data: bytes | memoryview) -> None:
+        self._queue.append(data)
+        self._queued += len(data)
+        if self._writable:
+            self._writable.unpark()
+
+    def _adapter_disconnect_stream(self) -> None:
+        # pika has noted the reason in self._error; run() passes it on.
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
+
+    def _adapter_connect_stream(self) -> None:
+        raise NotImplementedError("the stream is connected before the connection is made")
+
+    def _adapter_call_later(self, delay: float, callback: Callable[[], object]) -> object:
+        assert self._nursery is not None
+        timer = trio.CancelScope()
+
+        async def wait() -> None:
+            with timer:
+                await trio.sleep(delay)
+                callback()
+
+        self._nursery.start_soon(wait)
+        return timer
+
+    def _adapter_remove_timeout(self, timeout_id: object) -> None:
+        assert isinstance(timeout_id, trio.CancelScope)
+        timeout_id.cancel()
+
+    def _adapter_add_callback_threadsafe(self, callback: Callable[..., object]) -> None:
+        trio.lowlevel.current_trio_token().run_sync_soon(callback)

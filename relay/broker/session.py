@@ -1,0 +1,325 @@
+"""One AMQP connection and its confirm channels. It dies once and never reconnects.
+
+Turns pika's callbacks into state and wakes who waits; translates pika's exceptions into relay's.
+What to do when a session dies is ``publisher.py``'s business.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import pika.exceptions
+import trio
+from pika.channel import Channel
+from pika.connection import Connection, Parameters
+from pika.frame import Method
+from pika.spec import Basic, BasicProperties
+
+from relay.broker.adapter import TrioConnection
+from relay.broker.marshal import HeaderMarshaller
+from relay.config import QueueConfig
+from relay.errors import BrokerError, BrokerRefused, BrokerUnavailable
+from relay.protocol.confirms import Confirms, Outcome, UnknownDeliveryTag
+from relay.protocol.wire import Message
+
+log = logging.getLogger(__name__)
+
+RPC_TIMEOUT: Final = 15.0
+"""Seconds for the broker's answer to a synchronous method (channel.open, queue.declare …)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """Where a channel's messages go."""
+
+    exchange: str
+    routing_key: str
+    mandatory: bool
+    delivery_mode: int
+
+
+class ChannelOwner(Protocol):
+    """Who is told what becomes of the messages on a channel. Must not block."""
+
+    def on_settled(self, message: Message, outcome: Outcome) -> None:
+        """The broker has settled ``message``."""
+
+    def on_channel_lost(self, unknown: list[Message], error: BrokerError) -> None:
+        """The channel is gone; what became of ``unknown``, oldest first, nobody can tell."""
+
+
+class ConfirmChannel:
+    """A channel in confirm mode, used by one upload at a time."""
+
+    def __init__(self, connection: TrioConnection, channel: Channel) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._confirms: Confirms[Message] = Confirms()
+        self._owner: ChannelOwner | None = None
+        self._address: Address | None = None
+        self._method = {True: b"", False: b""}
+        self._header = HeaderMarshaller(channel.channel_number, 2)
+        connection.set_on_ack(channel.channel_number, self._on_ack)
+        channel.add_on_return_callback(self._on_return)
+        channel.add_on_close_callback(self._on_close)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether messages can be published."""
+        return bool(self._channel.is_open)
+
+    @property
+    def outstanding(self) -> int:
+        """Number of messages not yet settled."""
+        return len(self._confirms)
+
+    def assign(self, owner: ChannelOwner, address: Address) -> None:
+        """Give the channel to an upload, whose messages all go to ``address``."""
+        assert not self._confirms, "a channel changes hands with nothing outstanding"
+        self._owner = owner
+        if address != self._address:
+            self._address = address
+            self._header = HeaderMarshaller(self._channel.channel_number, address.delivery_mode)
+            self._method = {
+                mandatory: Method(
+                    self._channel.channel_number,
+                    Basic.Publish(
+                        exchange=address.exchange,
+                        routing_key=address.routing_key,
+                        mandatory=mandatory,
+                    ),
+                ).marshal()
+                for mandatory in (True, False)
+            }
+
+    def publish(self, message: Message, *, mandatory: bool) -> None:
+        """Book ``message`` under the next delivery tag and queue it to be written."""
+        header = self._header.marshal(message)
+        # Booked first: the confirm of a message can be back before the next line has run.
+        self._confirms.register(message)
+        self._connection.send_content(
+            self._channel.channel_number, self._method[mandatory], header, message.body
+        )
+
+    def close(self) -> None:
+        """Close the channel; nothing may be outstanding that anybody waits for."""
+        if self._channel.is_open or self._channel.is_opening:
+            self._channel.close()
+
+    def on_confirm(self, frame: Method[Basic.Ack | Basic.Nack]) -> None:
+        """pika's callback for basic.nack, and for what acks the connection leaves to pika."""
+        method = frame.method
+        acked = isinstance(method, Basic.Ack)
+        self._settle(int(method.delivery_tag or 0), bool(method.multiple), acked=acked)
+
+    def _on_ack(self, tag: int, multiple: bool) -> None:
+        self._settle(tag, multiple, acked=True)
+
+    def _settle(self, tag: int, multiple: bool, *, acked: bool) -> None:
+        try:
+            settled = self._confirms.settle(tag, multiple=multiple, acked=acked)
+        except UnknownDeliveryTag as exc:
+            log.error("broker confirmed what was not published: %s", exc)
+            self._connection.abort(f"confirms are out of step: {exc}")
+            return
+        if self._owner is not None:
+            for message, outcome in settled:
+                self._owner.on_settled(message, outcome)
+
+    def _on_return(
+        self, _channel: Channel, method: Basic.Return, properties: BasicProperties, _body: bytes
+    ) -> None:
+        known = self._confirms.mark_returned(lambda m: m.message_id == properties.message_id)
+        if not known:
+            log.warning("broker returned a message that is not outstanding")
+
+    def _on_close(self, _channel: Channel, reason: Exception) -> None:
+        self._connection.set_on_ack(self._channel.channel_number, None)
+        unknown = self._confirms.lost()
+        if self._owner is not None:
+            self._owner.on_channel_lost(unknown, translate(reason))
+
+
+class Session:
+    """An AMQP connection from connecting to its end."""
+
+    def __init__(self, parameters: Parameters, stream: trio.abc.Stream) -> None:
+        self.opened = trio.Event()
+        self.closed = trio.Event()
+        self.blocked_reason: str | None = None
+        self.error: BrokerError | None = None
+        self.on_blocked_changed: Callable[[], None] = lambda: None
+        self._idle: list[ConfirmChannel] = []
+        self._connection = TrioConnection(
+            parameters, stream, on_open=self._on_open, on_closed=self._on_closed
+        )
+        self._connection.add_on_connection_blocked_callback(self._on_blocked)
+        self._connection.add_on_connection_unblocked_callback(self._on_unblocked)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether channels can be had."""
+        return self.opened.is_set() and not self.closed.is_set()
+
+    @property
+    def queued(self) -> int:
+        """Bytes waiting to be written to the socket."""
+        return self._connection.queued
+
+    @property
+    def channels(self) -> int:
+        """Number of idle channels in the pool."""
+        return len(self._idle)
+
+    async def run(self) -> None:
+        """Drive the connection until it ends; ``error`` tells why."""
+        await self._connection.run()
+
+    async def wait_open(self) -> None:
+        """Wait until the AMQP handshake is done.
+
+        Raises:
+            BrokerUnavailable: it failed, or took longer than RPC_TIMEOUT seconds.
+        """
+        with trio.move_on_after(RPC_TIMEOUT):
+            await self.opened.wait()
+        if not self.is_open:
+            self.abort("the AMQP handshake took too long")
+            raise self.error or BrokerUnavailable("the AMQP handshake took too long")
+
+    def abort(self, reason: str) -> None:
+        """Drop the connection."""
+        self._connection.abort(reason)
+
+    async def close(self) -> None:
+        """Say goodbye to the broker, and drop the connection if it does not answer."""
+        if self._connection.is_open:
+            self._connection.close()
+            with trio.move_on_after(RPC_TIMEOUT):
+                await self.closed.wait()
+        self.abort("relay is stopping")
+
+    async def acquire(self) -> ConfirmChannel:
+        """A confirm channel that nobody uses.
+
+        Raises:
+            BrokerError: the broker refuses, does not answer in time, or is gone.
+        """
+        while self._idle:
+            channel = self._idle.pop()
+            if channel.is_open:
+                return channel
+        return await self._open_confirm_channel()
+
+    def release(self, channel: ConfirmChannel) -> None:
+        """Give a channel back to the pool; nothing may be outstanding on it."""
+        if channel.is_open and not channel.outstanding:
+            self._idle.append(channel)
+
+    async def declare(self, queue: QueueConfig) -> None:
+        """Declare a durable queue; harmless if it exists with the same properties.
+
+        Raises:
+            BrokerRefused: it exists with other properties, or may not be declared.
+        """
+        channel = await self._open_channel()
+        reply = _Reply()
+        channel.add_on_close_callback(lambda _, reason: reply.fail(translate(reason)))
+        channel.queue_declare(
+            queue.name,
+            durable=True,
+            arguments={"x-queue-type": queue.type, **queue.arguments},
+            callback=reply.set,
+        )
+        await self._wait(reply, f"declaring queue {queue.name}")
+        channel.close()
+
+    async def _open_channel(self) -> Channel:
+        reply = _Reply()
+        try:
+            channel = self._connection.channel(on_open_callback=reply.set)
+        except pika.exceptions.AMQPError as exc:
+            raise translate(exc) from exc
+        channel.add_on_close_callback(lambda _, reason: reply.fail(translate(reason)))
+        try:
+            await self._wait(reply, "opening a channel")
+        except trio.Cancelled:
+            if channel.is_opening or channel.is_open:
+                channel.close()
+            raise
+        return channel
+
+    async def _open_confirm_channel(self) -> ConfirmChannel:
+        channel = await self._open_channel()
+        confirm_channel = ConfirmChannel(self._connection, channel)
+        reply = _Reply()
+        channel.add_on_close_callback(lambda _, reason: reply.fail(translate(reason)))
+        channel.confirm_delivery(confirm_channel.on_confirm, callback=reply.set)
+        try:
+            await self._wait(reply, "selecting confirm mode")
+        except trio.Cancelled:
+            confirm_channel.close()
+            raise
+        return confirm_channel
+
+    async def _wait(self, reply: "_Reply", doing: str) -> None:
+        with trio.move_on_after(RPC_TIMEOUT):
+            await reply.event.wait()
+        if not reply.event.is_set():
+            # A broker that does not answer this will not confirm either.
+            self.abort(f"no answer from the broker while {doing}")
+            raise BrokerUnavailable(f"no answer from the broker while {doing}")
+        if reply.error is not None:
+            raise reply.error
+
+    def _on_open(self, _connection: Connection) -> None:
+        self.opened.set()
+
+    def _on_closed(self, _connection: Connection, reason: Exception) -> None:
+        self.error = translate(reason)
+        self._idle.clear()
+        self.closed.set()
+        self.opened.set()
+
+    def _on_blocked(self, _connection: Connection, frame: Method) -> None:  # type: ignore[type-arg]
+        self.blocked_reason = str(getattr(frame.method, "reason", "") or "resource alarm")
+        self.on_blocked_changed()
+
+    def _on_unblocked(self, _connection: Connection, _frame: Method) -> None:  # type: ignore[type-arg]
+        self.blocked_reason = None
+        self.on_blocked_changed()
+
+
+class _Reply:
+    """The answer to one synchronous method."""
+
+    def __init__(self) -> None:
+        self.event = trio.Event()
+        self.error: BrokerError | None = None
+
+    def set(self, *_: object) -> None:
+        self.event.set()
+
+    def fail(self, error: BrokerError) -> None:
+        if not self.event.is_set():
+            self.error = error
+            self.event.set()
+
+
+def translate(reason: Exception) -> BrokerError:
+    """pika's exception as relay's: refused if the broker closed a channel, else unavailable."""
+    if isinstance(reason, pika.exceptions.ChannelClosedByBroker):
+        return BrokerRefused(f"the broker refused: {reason.reply_code} {reason.reply_text}")
+    if isinstance(reason, pika.exceptions.NoFreeChannels):
+        return BrokerRefused("the broker allows no further channel on this connection")
+    if isinstance(reason, pika.exceptions.ConnectionClosedByClient):
+        return BrokerUnavailable("relay has closed its connection to the broker")
+    if isinstance(reason, pika.exceptions.ConnectionClosedByBroker):
+        text = f"{reason.reply_code} {reason.reply_text}"
+        return BrokerUnavailable(f"the broker closed the connection: {text}")
+    if isinstance(reason, pika.exceptions.ProbableAuthenticationError):
+        return BrokerUnavailable("the broker refused user name or password")
+    if isinstance(reason, pika.exceptions.ProbableAccessDeniedError):
+        return BrokerUnavailable("the broker refused access to the virtual host")
+    return BrokerUnavailable(f"no connection to the broker: {reason}")
