@@ -1,0 +1,232 @@
+"""One HTTP/1.1 connection: h11 over a trio stream, under deadlines.
+
+Gives its user request heads, body bytes and a way to respond, and decides when the connection can
+be used again. Every head and every chunked body passes relay's own strict checks before h11 sees
+it. It knows nothing of uploads.
+
+The deadlines are about the client: they run only while this module waits for it. When an upload
+waits for the broker nobody calls ``receive``, and no clock runs against the client.
+"""
+
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Final
+
+import h11
+import trio
+
+from relay.config import HttpConfig
+from relay.errors import BadRequest, ClientGone, TooSlow
+from relay.protocol.chunked import ChunkedValidator
+from relay.protocol.head import HeadReader, RawHead, check_head
+from relay.server.responses import Response
+
+READ_SIZE: Final = 256 * 1024
+"""Bytes asked of the socket at once. Fewer, larger reads are what saves CPU."""
+
+LINGER_TIMEOUT: Final = 10.0
+LINGER_IDLE: Final = 2.0
+"""Seconds for which, in all and without a byte, input is discarded after a last response."""
+
+_CONTINUE: Final = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
+
+
+class HttpConnection:
+    """A client's connection, for one request after the other."""
+
+    def __init__(self, stream: trio.abc.HalfCloseableStream, config: HttpConfig) -> None:
+        self._stream = stream
+        self._config = config
+        self._h11 = h11.Connection(h11.SERVER)
+        self._unread = b""
+        self._is_first = True
+        self._is_head = False
+        # Of the body in progress:
+        self._left = 0
+        self._chunked: ChunkedValidator | None = None
+        self._waited = 0.0
+        self._received = 0
+
+    async def next_head(self) -> RawHead | None:
+        """Read a request head. None: there is no further request.
+
+        Raises:
+            ClientError: it is not acceptable HTTP; the connection must be closed.
+            ClientGone: the client left in the middle of it.
+        """
+        # One h11 connection per request: with pipelined input kept on our side, nothing of one
+        # request can reach the next.
+        self._h11 = h11.Connection(h11.SERVER, self._config.max_header_bytes + READ_SIZE)
+        self._is_head = False
+        reader = HeadReader(max_bytes=self._config.max_header_bytes)
+        timeout = self._config.header_timeout if self._is_first else self._config.keep_alive_timeout
+        self._is_first = False
+        deadline = trio.current_time() + timeout
+        while not reader.done:
+            if not self._unread and not await self._read_head(reader, deadline):
+                return None
+            had_started = reader.started
+            self._unread = self._unread[reader.feed(self._unread) :]
+            if reader.started and not had_started:
+                deadline = trio.current_time() + self._config.header_timeout
+        raw = check_head(reader.head, max_headers=self._config.max_headers)
+        self._is_head = raw.method == b"HEAD"
+        self._h11.receive_data(reader.head)
+        try:
+            self._h11.next_event()
+        except h11.RemoteProtocolError as exc:
+            raise BadRequest(f"malformed request: {exc}") from exc
+        return raw
+
+    async def _read_head(self, reader: HeadReader, deadline: float) -> bool:
+        """Fill ``_unread``; False if the client ended or sat out the time between requests."""
+        with trio.move_on_at(deadline) as scope:
+            self._unread = await self._receive_some()
+        if scope.cancelled_caught:
+            if reader.started:
+                raise TooSlow("the request's headers took too long")
+            return False
+        if not self._unread and reader.started:
+            raise ClientGone("the client left in the middle of a request's headers")
+        return bool(self._unread)
+
+    # --- the body ------------------------------------------------------------------------------
+
+    def begin_body(self, content_length: int | None) -> None:
+        """Prepare ``receive`` for a body of that many bytes, or a chunked one (None)."""
+        self._waited = 0.0
+        self._received = 0
+        self._left = content_length or 0
+        self._chunked = None
+        if content_length is None:
+            self._chunked = ChunkedValidator(
+                max_trailer_bytes=self._config.max_header_bytes,
+                max_trailers=self._config.max_headers,
+            )
+
+    @property
+    def body_read(self) -> bool:
+        """Whether the body has been received to its end."""
+        return not self._left if self._chunked is None else self._h11.their_state is h11.DONE
+
+    async def receive(self) -> bytes:
+        """The next bytes of the body; empty at its end.
+
+        Raises:
+            BadRequest, HeadersTooLarge: the chunked coding is not acceptable.
+            TooSlow: the client missed a deadline.
+            ClientGone: the client left before the end.
+        """
+        if self.body_read:
+            return b""
+        if self._chunked is not None:
+            return await self._receive_chunked(self._chunked)
+        # A body with a Content-Length is its own bytes: h11 would only copy them three times.
+        data = await self._read_body()
+        if len(data) > self._left:
+            data, self._unread = data[: self._left], data[self._left :]
+        self._left -= len(data)
+        return data
+
+    async def _receive_chunked(self, validator: ChunkedValidator) -> bytes:
+        while True:
+            try:
+                event = self._h11.next_event()
+            except h11.RemoteProtocolError as exc:
+                raise BadRequest(f"malformed chunked body: {exc}") from exc
+            if isinstance(event, h11.Data):
+                return bytes(event.data)
+            if isinstance(event, h11.EndOfMessage):
+                return b""
+            data = await self._read_body()
+            used = validator.feed(data)
+            self._unread = data[used:]
+            self._h11.receive_data(data[:used])
+
+    async def _read_body(self) -> bytes:
+        if self._unread:
+            data, self._unread = self._unread, b""
+            return data
+        config = self._config
+        began = trio.current_time()
+        with trio.move_on_at(began + config.body_idle_timeout) as scope:
+            data = await self._receive_some()
+        if scope.cancelled_caught:
+            raise TooSlow(f"no byte of the body for {config.body_idle_timeout:g} s")
+        if not data:
+            raise ClientGone("the client left before the end of its body")
+        self._waited += trio.current_time() - began
+        self._received += len(data)
+        if (
+            self._waited > config.min_body_rate_grace
+            and self._received < config.min_body_rate * self._waited
+        ):
+            raise TooSlow(f"the body came at less than {config.min_body_rate} bytes per second")
+        return data
+
+    async def _receive_some(self) -> bytes:
+        try:
+            return bytes(await self._stream.receive_some(READ_SIZE))
+        except trio.BrokenResourceError as exc:
+            raise ClientGone("the client's connection broke") from exc
+
+    # --- responses -----------------------------------------------------------------------------
+
+    async def send_continue(self) -> None:
+        """Send 100 (Continue), if the client waits for it."""
+        if self._h11.they_are_waiting_for_100_continue and not self._unread:
+            await self._send(self._h11.send(_CONTINUE))
+
+    async def respond(self, response: Response, *, close: bool) -> None:
+        """Send a final response; with ``close``, end the connection so that it is received.
+
+        Raises:
+            ClientGone: the client does not take it.
+        """
+        headers = [
+            ("Date", formatdate(usegmt=True)),
+            ("Server", "relay"),
+            ("Content-Type", response.content_type),
+            ("Content-Length", str(len(response.body))),
+            *response.headers.items(),
+        ]
+        if close:
+            headers.append(("Connection", "close"))
+        data = self._h11.send(
+            h11.Response(
+                status_code=response.status,
+                headers=headers,
+                reason=HTTPStatus(response.status).phrase.encode("ascii"),
+            )
+        )
+        if not self._is_head:
+            data += self._h11.send(h11.Data(data=response.body))
+        await self._send(data)
+        if close:
+            await self._linger()
+
+    async def _send(self, data: bytes) -> None:
+        with trio.move_on_after(self._config.body_idle_timeout) as scope:
+            try:
+                await self._stream.send_all(data)
+            except trio.BrokenResourceError as exc:
+                raise ClientGone("the client's connection broke") from exc
+        if scope.cancelled_caught:
+            raise ClientGone("the client did not take the response")
+
+    async def _linger(self) -> None:
+        """Discard input for a while (RFC 9112, section 9.6).
+
+        Closing with unread input makes the kernel send a reset, which can reach the client before
+        the response and erase it.
+        """
+        with trio.move_on_after(LINGER_TIMEOUT):
+            try:
+                await self._stream.send_eof()
+                while True:
+                    with trio.move_on_after(LINGER_IDLE) as idle:
+                        data = await self._stream.receive_some(READ_SIZE)
+                    if idle.cancelled_caught or not data:
+                        return
+            except trio.BrokenResourceError:
+                return

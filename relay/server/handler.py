@@ -1,0 +1,199 @@
+"""Upload requests: from a request head to a receipt or a problem.
+
+Decides whether an upload is admitted, ties the connection's body to the broker's sink, and sees
+to it that every request gets exactly one truthful response. It knows the broker only as the
+interface below.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+import trio
+
+from relay.config import HttpConfig, RouteConfig
+from relay.errors import ClientError, ClientGone, NotFound, RelayError, ShuttingDown, TooLarge
+from relay.logs import fields
+from relay.model import Receipt, Transfer
+from relay.protocol.form_data import BodyParser, FormData, RawBody
+from relay.protocol.framing import ALGORITHMS, Framer
+from relay.protocol.request import RequestHead, parse_request
+from relay.server.connection import HttpConnection
+from relay.server.responses import Response, created, problem
+from relay.server.uploads import UploadRecord, Uploads
+from relay.transfer import FrameSink, Upload, new_transfer_id
+
+log = logging.getLogger(__name__)
+
+
+class Sink(FrameSink, Protocol):
+    """A frame sink that can tell consumers of a failure."""
+
+    def abort(self, reason: str) -> None:
+        """Publish an abort frame, if frames were published. Must not block."""
+
+
+class Broker(Protocol):
+    """What the handler needs of the broker."""
+
+    def refusal(self) -> RelayError | None:
+        """Why an upload cannot be admitted now, or None."""
+
+    def open(
+        self, transfer: Transfer, route: RouteConfig
+    ) -> AbstractAsyncContextManager[Sink]:
+        """A sink for one transfer."""
+
+
+class UploadHandler:
+    """Serves upload connections."""
+
+    def __init__(
+        self,
+        config: HttpConfig,
+        routes: Mapping[str, RouteConfig],
+        broker: Broker,
+        uploads: Uploads,
+    ) -> None:
+        self._config = config
+        self._routes = routes
+        self._broker = broker
+        self._uploads = uploads
+
+    async def serve(self, stream: trio.abc.HalfCloseableStream, peer: str) -> None:
+        """Answer requests until the connection ends."""
+        connection = HttpConnection(stream, self._config)
+        try:
+            while await self._serve_request(connection, peer):
+                pass
+        except ClientGone:
+            log.debug("client gone", extra=fields(peer=peer))
+
+    async def _serve_request(self, connection: HttpConnection, peer: str) -> bool:
+        """Answer one request. Returns whether another can follow on this connection."""
+        try:
+            raw = await connection.next_head()
+            if raw is None:
+                return False
+            head = parse_request(*raw)
+        except ClientError as exc:
+            # Where the body ends is in doubt, or was never looked at.
+            log.info("refused", extra=fields(peer=peer, status=exc.status, code=exc.code))
+            await connection.respond(problem(exc), close=True)
+            return False
+        connection.begin_body(head.content_length)
+        response = await self._upload(connection, head, peer)
+        keep = head.keep_alive and connection.body_read and not self._uploads.draining
+        await connection.respond(response, close=not keep)
+        return keep
+
+    async def _upload(self, connection: HttpConnection, head: RequestHead, peer: str) -> Response:
+        """Relay the request's body. Returns the response, whatever it is.
+
+        Raises:
+            ClientGone: nobody is left to respond to.
+        """
+        began = trio.current_time()
+        transfer = Transfer(
+            id=new_transfer_id(),
+            began=int(time.time()),
+            route=head.route,
+            idempotency_key=head.idempotency_key,
+        )
+        about = {"transfer": transfer.id, "route": transfer.route, "peer": peer}
+        has_begun = False
+        try:
+            route = self._admit(head)
+            with self._uploads.enter(transfer, peer) as record:
+                has_begun = True
+                receipt = await self._relay(connection, head, transfer, route, record)
+        except RelayError as exc:
+            seconds = trio.current_time() - began
+            result = fields(**about, status=exc.status, code=exc.code, seconds=seconds)
+            log.warning("upload failed: %s", exc.detail, extra=result)
+            if isinstance(exc, ClientGone):
+                raise
+            return problem(exc, transfer_id=transfer.id if has_begun else None)
+        seconds = trio.current_time() - began
+        totals = receipt.totals
+        result = fields(**about, bytes=totals.bytes, frames=totals.frames, seconds=seconds)
+        log.info("upload committed", extra=result)
+        return created(receipt)
+
+    def _admit(self, head: RequestHead) -> RouteConfig:
+        """The upload's route, if all that can be known before the body allows it.
+
+        Raises:
+            RelayError: otherwise.
+        """
+        route = self._routes.get(head.route)
+        if route is None:
+            raise NotFound("there is no such route")
+        size = head.content_length or 0
+        # A multipart body is larger than its parts; only a raw one is known to be too large.
+        limits = [route.max_bytes] if head.boundary else [route.max_bytes, route.max_part_bytes]
+        for limit in limits:
+            if limit and size > limit:
+                raise TooLarge(f"the route takes at most {limit} bytes")
+        self._uploads.check()
+        if (refusal := self._broker.refusal()) is not None:
+            raise refusal
+        return route
+
+    async def _relay(
+        self,
+        connection: HttpConnection,
+        head: RequestHead,
+        transfer: Transfer,
+        route: RouteConfig,
+        record: UploadRecord,
+    ) -> Receipt:
+        asked = [name for name in (*route.digests, *head.digests) if name in ALGORITHMS]
+        framer = Framer(
+            transfer,
+            frame_size=route.frame_size,
+            digests=tuple(dict.fromkeys(asked)),
+            receipt_parts=self._config.receipt_parts,
+        )
+
+        async def receive() -> bytes:
+            record.waits_for = "client"
+            data = await connection.receive()
+            record.waits_for = "broker"
+            record.bytes_received += len(data)
+            if route.max_bytes and record.bytes_received > route.max_bytes:
+                raise TooLarge(f"the route takes at most {route.max_bytes} bytes")
+            return data
+
+        async with self._broker.open(transfer, route) as sink:
+            upload = Upload(
+                _parser(head, route), framer, sink, expected_digests=head.given_digests
+            )
+            try:
+                with record.scope:
+                    await connection.send_continue()
+                    return await upload.run(receive)
+                raise ShuttingDown("the daemon is stopping and the upload took too long")
+            except BaseException as exc:
+                sink.abort(_reason(exc))
+                raise
+
+
+def _reason(exc: BaseException) -> str:
+    """What the abort frame says of a failure."""
+    if isinstance(exc, RelayError):
+        return exc.code
+    return ShuttingDown.code if isinstance(exc, trio.Cancelled) else RelayError.code
+
+
+def _parser(head: RequestHead, route: RouteConfig) -> BodyParser:
+    if head.boundary is None:
+        return RawBody(head.part, max_part_bytes=route.max_part_bytes)
+    return FormData(
+        head.boundary,
+        max_parts=route.max_parts,
+        max_part_bytes=route.max_part_bytes,
+        max_part_header_bytes=route.max_part_header_bytes,
+    )

@@ -1,0 +1,136 @@
+"""Listening sockets, and no more connections than allowed.
+
+Accepts nothing while the limit is reached: further clients wait in the kernel's backlog, where
+they cost the daemon nothing.
+"""
+
+import logging
+import os
+import socket
+import stat
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from relay.logs import fields
+
+log = logging.getLogger(__name__)
+
+Serve = Callable[[trio.SocketStream, str], Awaitable[None]]
+"""Serves one connection to its end; the text names the peer."""
+
+BACKLOG: Final = 1024
+
+
+class ListenError(Exception):
+    """An address cannot be listened on. One line: which, and why."""
+
+
+async def open_listeners(addresses: Sequence[str]) -> list[trio.SocketListener]:
+    """Listen on every ``host:port`` or ``unix:PATH``.
+
+    Raises:
+        ListenError: an address cannot be used.
+    """
+    listeners: list[trio.SocketListener] = []
+    for address in addresses:
+        try:
+            if address.startswith("unix:"):
+                listeners.append(_open_unix(address.removeprefix("unix:")))
+            else:
+                host, _, port = address.rpartition(":")
+                listeners += await trio.open_tcp_listeners(
+                    int(port), host=host.strip("[]"), backlog=BACKLOG
+                )
+        except OSError as exc:
+            for listener in listeners:
+                await listener.aclose()
+            reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
+            raise ListenError(f"cannot listen on {address}: {reason}") from exc
+    return listeners
+
+
+def _open_unix(path: str) -> trio.SocketListener:
+    # A socket file outlives the process that made it. Only a dead one may be replaced.
+    if Path(path).exists() and stat.S_ISSOCK(Path(path).stat().st_mode):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(path) != 0:
+                Path(path).unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return trio.SocketListener(trio.socket.from_stdlib_socket(listener))
+
+
+def address_of(listener: trio.SocketListener) -> str:
+    """The address as it was given, with the port that the system chose."""
+    name = listener.socket.getsockname()
+    return f"unix:{name}" if isinstance(name, str) else _host_port(name)
+
+
+class LimitedListener(trio.abc.Listener[trio.SocketStream]):
+    """Accepts only while one of ``slots`` is free; its user gives the slot back."""
+
+    def __init__(self, listener: trio.SocketListener, slots: trio.Semaphore) -> None:
+        self._listener = listener
+        self._slots = slots
+
+    async def accept(self) -> trio.SocketStream:
+        """The next connection, once there is a slot for it."""
+        await self._slots.acquire()
+        try:
+            return await self._listener.accept()
+        except BaseException:
+            self._slots.release()
+            raise
+
+    async def aclose(self) -> None:
+        """Close the listening socket."""
+        await self._listener.aclose()
+
+
+async def serve(
+    listeners: Sequence[trio.SocketListener],
+    serve_one: Serve,
+    *,
+    limit: int,
+    nursery: trio.Nursery,
+) -> None:
+    """Accept connections until cancelled; each is served in ``nursery``, at most ``limit``.
+
+    This is the one place where an unexpected exception stops: it costs its connection and is
+    logged, and the daemon lives on.
+    """
+    slots = trio.Semaphore(limit)
+
+    async def handle(stream: trio.SocketStream) -> None:
+        peer = _peer(stream)
+        try:
+            await serve_one(stream, peer)
+        except Exception:
+            log.exception("bug: unexpected exception on a connection", extra=fields(peer=peer))
+        finally:
+            slots.release()
+            await trio.aclose_forcefully(stream)
+
+    limited = [LimitedListener(listener, slots) for listener in listeners]
+    await trio.serve_listeners(handle, limited, handler_nursery=nursery)
+
+
+def _peer(stream: trio.SocketStream) -> str:
+    try:
+        name = stream.socket.getpeername()
+    except OSError:
+        return "gone"
+    return _host_port(name) if isinstance(name, tuple) else "unix"
+
+
+def _host_port(name: tuple[str, int]) -> str:
+    host, port = name[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
