@@ -1,0 +1,134 @@
+"""Commands, arguments and exit codes.
+
+0: success; 1: the operation failed; 2: usage or configuration error, in one line.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from relay import __version__
+from relay.config import ConfigError, load, parse_address
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as exc:
+        print(f"relay: {exc}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    # Imported here: each command starts without what only the others need.
+    from relay import daemon, logs  # noqa: PLC0415
+    from relay.server.listeners import ListenError  # noqa: PLC0415
+
+    config = load(
+        arguments.config, listen=arguments.listen, amqp=arguments.amqp, admin=arguments.admin
+    )
+    logs.configure(config.log)
+    try:
+        daemon.run(config)
+    except ListenError as exc:
+        print(f"relay: {exc}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _receive(arguments: argparse.Namespace) -> int:
+    from relay.receiver.consumer import receive  # noqa: PLC0415
+
+    return receive(
+        url=arguments.amqp,
+        queue=arguments.queue,
+        output=arguments.output,
+        count=arguments.count,
+    )
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from relay.demo.run import demo  # noqa: PLC0415
+
+    return demo(arguments.file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="relay",
+        description="Streams HTTP uploads into RabbitMQ in frames: bounded memory, no file.",
+        epilog="Exit codes: 0 success, 1 failed, 2 usage or configuration error.",
+    )
+    parser.add_argument("--version", action="version", version=f"relay {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    serve = commands.add_parser(
+        "serve", help="run the daemon", description="Run the daemon. Flags override the file."
+    )
+    serve.add_argument("--config", metavar="FILE", type=Path, help="TOML; default: no file")
+    serve.add_argument(
+        "--listen",
+        metavar="ADDR",
+        type=_address,
+        action="append",
+        help="host:port or unix:PATH for uploads; repeatable (default 127.0.0.1:8480)",
+    )
+    serve.add_argument(
+        "--amqp",
+        metavar="URL",
+        action="append",
+        help="broker; repeatable (default amqp://guest:guest@127.0.0.1:5672/%%2f)",
+    )
+    serve.add_argument(
+        "--admin",
+        metavar="ADDR",
+        help='health and metrics; "" turns them off (default 127.0.0.1:8481)',
+    )
+    serve.set_defaults(run=_serve)
+
+    receive = commands.add_parser(
+        "receive",
+        help="reassemble transfers from a queue into files",
+        description="Consume a queue, verify every frame, and write each transfer to a directory.",
+    )
+    receive.add_argument(
+        "--amqp",
+        metavar="URL",
+        default="amqp://guest:guest@127.0.0.1:5672/%2f",
+        help="broker (default amqp://guest:guest@127.0.0.1:5672/%%2f)",
+    )
+    receive.add_argument("--queue", metavar="NAME", required=True, help="the queue to consume")
+    receive.add_argument(
+        "--output", metavar="DIR", type=Path, required=True, help="where files go; made if missing"
+    )
+    receive.add_argument(
+        "--count", metavar="N", type=_positive, help="stop after N transfers (default: never)"
+    )
+    receive.set_defaults(run=_receive)
+
+    demo = commands.add_parser(
+        "demo",
+        help="show the whole path on this machine",
+        description="Start a private RabbitMQ node and a daemon, upload a file, receive it, report.",
+    )
+    demo.add_argument("file", metavar="FILE", nargs="?", type=Path, help="default: 256 MiB made up")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _address(value: str) -> str:
+    try:
+        return parse_address(value)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+
+
+def _positive(value: str) -> int:
+    if not value.isdecimal() or int(value) < 1:
+        raise argparse.ArgumentTypeError("must be a positive integer")
+    return int(value)

@@ -1,0 +1,141 @@
+"""The daemon: puts the parts together, gives them their lifetimes, and ends them in order.
+
+Starting: listeners first, so that a wrong address is an error at once; the broker may come later.
+Stopping (SIGTERM, SIGINT): accept nothing new, let uploads in progress finish within
+``drain_timeout``, tell the rest that they failed, say goodbye to the broker. A second signal ends
+the waiting.
+"""
+
+import logging
+import os
+import resource
+import signal
+from collections.abc import Iterator
+
+import trio
+from prometheus_client import Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+from relay import __version__, allocator
+from relay.broker.publisher import Publisher
+from relay.config import Config
+from relay.logs import fields
+from relay.server import listeners
+from relay.server.admin import AdminHandler
+from relay.server.handler import UploadHandler
+from relay.server.uploads import Uploads
+
+log = logging.getLogger(__name__)
+
+ADMIN_CONNECTIONS = 32
+"""Admin connections at once: scrapers and probes, never clients."""
+
+GOODBYE = 2.0
+"""Seconds for last responses and the AMQP goodbye, once no upload is left."""
+
+
+def run(config: Config) -> None:
+    """Run the daemon until it is told to stop.
+
+    Raises:
+        ListenError: an address cannot be listened on.
+    """
+    allocator.tune()
+    _raise_file_limit()
+    trio.run(Daemon(config).run)
+
+
+class Daemon:
+    """All of relay that runs."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._accepting = trio.CancelScope()
+        self._uploads = Uploads(config.http.max_uploads)
+        self._publisher = Publisher(config.amqp, config.routes)
+        self._handler = UploadHandler(config.http, config.routes, self._publisher, self._uploads)
+        self._admin = AdminHandler(
+            config.http, self._uploads, self._publisher.refusal, self._metrics
+        )
+
+    async def run(self) -> None:
+        """Serve until a signal says stop, then drain."""
+        config = self._config
+        upload_listeners = await listeners.open_listeners(config.http.listen)
+        admin_addresses = [config.admin.listen] if config.admin.listen else []
+        admin_listeners = await listeners.open_listeners(admin_addresses)
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._publisher.run)
+                # Admin connections outlive the drain, so that probes can watch it.
+                nursery.start_soon(self._serve_admin, admin_listeners, nursery)
+                nursery.start_soon(self._serve_uploads, upload_listeners, nursery)
+                _announce(upload_listeners, admin_listeners)
+                signal_number = await anext(signals)
+                log.info("stopping", extra=fields(signal=signal.Signals(signal_number).name))
+                async with trio.open_nursery() as stopping:
+                    stopping.start_soon(self._stop, stopping.cancel_scope)
+                    await anext(signals)
+                    stopping.cancel_scope.cancel()
+                nursery.cancel_scope.cancel()
+        log.info("stopped")
+
+    async def _serve_uploads(
+        self, upload_listeners: list[trio.SocketListener], nursery: trio.Nursery
+    ) -> None:
+        with self._accepting:
+            await listeners.serve(
+                upload_listeners,
+                self._handler.serve,
+                limit=self._config.http.max_connections,
+                nursery=nursery,
+            )
+
+    async def _serve_admin(
+        self, admin_listeners: list[trio.SocketListener], nursery: trio.Nursery
+    ) -> None:
+        if admin_listeners:
+            await listeners.serve(
+                admin_listeners, self._admin.serve, limit=ADMIN_CONNECTIONS, nursery=nursery
+            )
+
+    async def _stop(self, scope: trio.CancelScope) -> None:
+        self._accepting.cancel()
+        await self._uploads.drain(self._config.http.drain_timeout)
+        with trio.move_on_after(GOODBYE):
+            await self._publisher.close()
+        scope.cancel()
+
+    def _metrics(self) -> Iterator[Metric]:
+        publisher = self._publisher
+        up = GaugeMetricFamily("relay_broker_up", "1 if uploads would be admitted by the broker.")
+        up.add_metric([], publisher.refusal() is None)
+        yield up
+        gauges = (
+            ("relay_uploads", "Uploads in progress.", len(self._uploads)),
+            ("relay_window_bytes", "Bytes published and unconfirmed.", publisher.window.taken),
+            ("relay_window_waiting", "Uploads waiting for window.", publisher.window.waiting),
+            ("relay_write_queue_bytes", "Bytes not yet written to the broker.", publisher.queued),
+        )
+        for name, text, value in gauges:
+            yield GaugeMetricFamily(name, text, value)
+        yield CounterMetricFamily(
+            "relay_broker_connects", "Connections made to the broker.", publisher.connects
+        )
+
+
+def _announce(
+    upload_listeners: list[trio.SocketListener], admin_listeners: list[trio.SocketListener]
+) -> None:
+    for listener in upload_listeners:
+        log.info("listening for uploads", extra=fields(address=listeners.address_of(listener)))
+    for listener in admin_listeners:
+        log.info("listening for admin", extra=fields(address=listeners.address_of(listener)))
+    log.info("started", extra=fields(version=__version__, pid=os.getpid()))
+
+
+def _raise_file_limit() -> None:
+    """Every connection takes a file descriptor; the default soft limit (1024) is too low."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
