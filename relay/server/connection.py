@@ -21,8 +21,8 @@ from relay.protocol.chunked import ChunkedValidator
 from relay.protocol.head import HeadReader, RawHead, check_head
 from relay.server.responses import Response
 
-READ_SIZE: Final = 256 * 1024
-"""Bytes asked of the socket at once. Fewer, larger reads are what saves CPU."""
+READ_SIZE: Final = 64 * 1024
+"""Bytes asked of the socket at once, unless the reader of a body asks for more."""
 
 LINGER_TIMEOUT: Final = 10.0
 LINGER_IDLE: Final = 2.0
@@ -56,7 +56,7 @@ class HttpConnection:
         """
         # One h11 connection per request: with pipelined input kept on our side, nothing of one
         # request can reach the next.
-        self._h11 = h11.Connection(h11.SERVER, self._config.max_header_bytes + READ_SIZE)
+        self._h11 = h11.Connection(h11.SERVER, self._config.max_header_bytes * 2)
         self._is_head = False
         reader = HeadReader(max_bytes=self._config.max_header_bytes)
         timeout = self._config.header_timeout if self._is_first else self._config.keep_alive_timeout
@@ -81,7 +81,7 @@ class HttpConnection:
     async def _read_head(self, reader: HeadReader, deadline: float) -> bool:
         """Fill ``_unread``; False if the client ended or sat out the time between requests."""
         with trio.move_on_at(deadline) as scope:
-            self._unread = await self._receive_some()
+            self._unread = await self._receive_some(READ_SIZE)
         if scope.cancelled_caught:
             if reader.started:
                 raise TooSlow("the request's headers took too long")
@@ -109,8 +109,8 @@ class HttpConnection:
         """Whether the body has been received to its end."""
         return not self._left if self._chunked is None else self._h11.their_state is h11.DONE
 
-    async def receive(self) -> bytes:
-        """The next bytes of the body; empty at its end.
+    async def receive(self, max_bytes: int = READ_SIZE) -> bytes:
+        """The next bytes of the body, at most ``max_bytes``; empty at its end.
 
         Raises:
             BadRequest, HeadersTooLarge: the chunked coding is not acceptable.
@@ -120,15 +120,15 @@ class HttpConnection:
         if self.body_read:
             return b""
         if self._chunked is not None:
-            return await self._receive_chunked(self._chunked)
+            return await self._receive_chunked(self._chunked, max_bytes)
         # A body with a Content-Length is its own bytes: h11 would only copy them three times.
-        data = await self._read_body()
+        data = await self._read_body(max_bytes)
         if len(data) > self._left:
             data, self._unread = data[: self._left], data[self._left :]
         self._left -= len(data)
         return data
 
-    async def _receive_chunked(self, validator: ChunkedValidator) -> bytes:
+    async def _receive_chunked(self, validator: ChunkedValidator, max_bytes: int) -> bytes:
         while True:
             try:
                 event = self._h11.next_event()
@@ -138,19 +138,19 @@ class HttpConnection:
                 return bytes(event.data)
             if isinstance(event, h11.EndOfMessage):
                 return b""
-            data = await self._read_body()
+            data = await self._read_body(max_bytes)
             used = validator.feed(data)
             self._unread = data[used:]
             self._h11.receive_data(data[:used])
 
-    async def _read_body(self) -> bytes:
+    async def _read_body(self, max_bytes: int) -> bytes:
         if self._unread:
             data, self._unread = self._unread, b""
             return data
         config = self._config
         began = trio.current_time()
         with trio.move_on_at(began + config.body_idle_timeout) as scope:
-            data = await self._receive_some()
+            data = await self._receive_some(max_bytes)
         if scope.cancelled_caught:
             raise TooSlow(f"no byte of the body for {config.body_idle_timeout:g} s")
         if not data:
@@ -164,9 +164,9 @@ class HttpConnection:
             raise TooSlow(f"the body came at less than {config.min_body_rate} bytes per second")
         return data
 
-    async def _receive_some(self) -> bytes:
+    async def _receive_some(self, max_bytes: int) -> bytes:
         try:
-            return bytes(await self._stream.receive_some(READ_SIZE))
+            return bytes(await self._stream.receive_some(max_bytes))
         except trio.BrokenResourceError as exc:
             raise ClientGone("the client's connection broke") from exc
 

@@ -160,7 +160,7 @@ class UploadHandler:
 
         async def receive() -> bytes:
             record.waits_for = "client"
-            data = await connection.receive()
+            data = await connection.receive(record.read_size)
             record.waits_for = "broker"
             record.bytes_received += len(data)
             if route.max_bytes and record.bytes_received > route.max_bytes:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Final
 
 import trio
 
@@ -10,13 +11,29 @@ from relay.errors import ShuttingDown, TooManyUploads
 from relay.model import Transfer
 
 
+READ_SIZE_MIN: Final = 64 * 1024
+READ_SIZE_MAX: Final = 1024 * 1024
+READ_BUDGET: Final = 32 * 1024 * 1024
+"""Bytes that all uploads together may read at once, beyond READ_SIZE_MIN for each."""
+
+_BUDGET_SHARE: Final = 16
+"""The part of what is left of the budget that the next upload gets: one in so many."""
+
+
 @dataclass(eq=False, kw_only=True)
 class UploadRecord:
-    """One upload in progress. ``began`` is in trio's clock, seconds."""
+    """One upload in progress.
+
+    Attributes:
+        began: in trio's clock, seconds.
+        read_size: bytes that it may ask of its socket at once.
+        waits_for: ``client`` or ``broker``.
+    """
 
     transfer: Transfer
     peer: str
     began: float
+    read_size: int
     bytes_received: int = 0
     waits_for: str = "client"
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
@@ -29,6 +46,7 @@ class Uploads:
         self._limit = limit
         self._records: set[UploadRecord] = set()
         self._empty = trio.lowlevel.ParkingLot()
+        self._read_budget = READ_BUDGET
         self.draining = False
 
     def __len__(self) -> int:
@@ -53,11 +71,20 @@ class Uploads:
     def enter(self, transfer: Transfer, peer: str) -> Iterator[UploadRecord]:
         """Count an upload for the length of the block. Raises what ``check`` does."""
         self.check()
-        record = UploadRecord(transfer=transfer, peer=peer, began=trio.current_time())
+        # Large reads save CPU, and cost memory. A few uploads may read 1 MiB at a time; the more
+        # there are, the less a further one gets, so that the sum stays within the budget.
+        share = self._read_budget // _BUDGET_SHARE
+        read_size = max(READ_SIZE_MIN, min(READ_SIZE_MAX, share))
+        reserved = read_size - READ_SIZE_MIN
+        record = UploadRecord(
+            transfer=transfer, peer=peer, began=trio.current_time(), read_size=read_size
+        )
+        self._read_budget -= reserved
         self._records.add(record)
         try:
             yield record
         finally:
+            self._read_budget += reserved
             self._records.discard(record)
             if not self._records:
                 self._empty.unpark_all()
