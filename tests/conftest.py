@@ -1,0 +1,44 @@
+"""What all tests share: hypothesis without clock or chance, and RabbitMQ nodes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
+
+# Both a deadline and the "too slow" check would fail on a busy machine alone.
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq() -> Iterator[RabbitMQNode]:
+    """The session's RabbitMQ node, started by the first test that asks for it.
+
+    All tests share it: leave it as it was found, and break a ``new_node`` instead.
+    """
+    with _private_node() as node:
+        yield node
+
+
+@pytest.fixture
+def new_node() -> Iterator[Callable[..., RabbitMQNode]]:
+    """Makes nodes of the test's own, running, to do with as it likes; takes ``config``."""
+    with ExitStack() as stack:
+
+        def make(config: Mapping[str, str] | None = None) -> RabbitMQNode:
+            return stack.enter_context(_private_node(config))
+
+        yield make
+
+
+def _private_node(config: Mapping[str, str] | None = None) -> RabbitMQNode:
+    # Never a skip: without a broker half of what relay promises would go untested, unnoticed.
+    try:
+        return RabbitMQNode(config=config)
+    except RabbitMQMissing as exc:
+        pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
