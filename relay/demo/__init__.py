@@ -1,0 +1,1 @@
+"""``relay demo``: the whole path, from a file through a real RabbitMQ and back, on one machine."""
