@@ -5,6 +5,7 @@ the bytes are cut, limits with relay's own errors, names as clients sent them. P
 HTTP nor I/O, and never keeps more than one delimiter or one part's headers.
 """
 
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Final, Protocol
@@ -17,6 +18,8 @@ from relay.protocol.disposition import disposition_params
 
 EPILOGUE_LIMIT: Final = 16
 """Bytes of white space allowed after the closing delimiter; browsers and curl send CRLF."""
+
+_CONTROL = re.compile(rb"[\r\n\0]")
 
 
 class PartEnd(Enum):
@@ -102,16 +105,15 @@ class FormData:
             # The library finds a boundary behind a preamble only if both are in one read.
             if not data.startswith((self._opening, b"\r\n" + self._opening)):
                 raise BadMultipart("the body does not begin with the boundary of its Content-Type")
+        carry = self._parser.carry
         try:
             yield from self._parse(data)
-        except multipart.ParserLimitReached as exc:
-            # Numbers and sizes of parts are counted here; what is left are header lines.
-            raise HeadersTooLarge("a part's headers are over the limit") from exc
         except multipart.MultipartError as exc:
+            self._parser.check_unfinished_line(carry + data)
             raise BadMultipart(f"malformed multipart body: {exc}") from exc
         if self._parser.complete:
             self._complete = True
-            self._check_epilogue(self._parser.leftover)
+            self._check_epilogue(self._parser.carry)
 
     def finish(self) -> Iterator[Event]:
         """Check that the body is complete and has a part. Yields nothing.
@@ -131,9 +133,8 @@ class FormData:
                 yield PART_END
             elif isinstance(event, multipart.MultipartSegment):
                 self._room.refill()
-                content_type = event.header("Content-Type")
                 yield PartHead(
-                    name=event.name, filename=event.filename, content_type=content_type
+                    name=event.name, filename=event.filename, content_type=event.content_type
                 )
             else:
                 self._room.take(len(event))
@@ -185,7 +186,8 @@ class _Parser(multipart.PushMultipartParser):
         return self._state is multipart._COMPLETE
 
     @property
-    def leftover(self) -> bytes:
+    def carry(self) -> bytes:
+        """What has been fed and not yet been used; once complete, what came after the end."""
         return bytes(self._buffer)
 
     def _on_segment_start(self) -> None:
@@ -193,25 +195,44 @@ class _Parser(multipart.PushMultipartParser):
             raise TooLarge(f"more than {self._max_parts} parts")
         self.parts += 1
         self._header_bytes = 0
-        super()._on_segment_start()
+        super()._on_segment_start()  # type: ignore[no-untyped-call]  # a hook of theirs
+
+    def check_unfinished_line(self, data: bytes) -> None:
+        """Raise our own error if the library has refused a header line before its end.
+
+        ``data`` is all that the parser had to go by. Which of a line's faults the library meets
+        first depends on where the bytes were cut; ours is always the first one in the line.
+        """
+        if self._state is multipart._HEADER:
+            self._check_line(data.rpartition(b"\r\n")[2])
+
+    def _check_line(self, line: bytes) -> None:
+        room = self._max_part_header_bytes - self._header_bytes - len(b"\r\n")
+        # Bare CR and LF would be refused or taken depending on where the bytes were cut.
+        control = _CONTROL.search(line)
+        if control is not None and control.start() < room:
+            raise BadMultipart("control characters in a part's headers")
+        if len(line) > room:
+            raise HeadersTooLarge("a part's headers are over the limit")
 
     def _on_segment_headerline(self, line: bytes) -> None:
+        self._check_line(line)
         self._header_bytes += len(line) + len(b"\r\n")
-        if self._header_bytes > self._max_part_header_bytes:
-            raise HeadersTooLarge("a part's headers are over the limit")
-        # Bare CR and LF would be refused or taken depending on where the bytes were cut.
-        if any(byte in line for byte in (b"\r", b"\n", b"\0")):
-            raise BadMultipart("control characters in a part's headers")
         # RFC 7578, section 4.8: headers other than the three it names must be ignored. The
         # library would believe a Content-Length and refuse parts whose sender got it wrong.
-        if not line[:15].lower().rstrip().startswith(b"content-length:"):
+        if line.partition(b":")[0].strip().lower() == b"content-length":
+            return
+        try:
             super()._on_segment_headerline(line)
+        except multipart.MultipartError as exc:
+            raise BadMultipart(f"malformed multipart body: {exc}") from exc
 
     def _create_segment(self, headerlist: list[tuple[str, str]]) -> multipart.MultipartSegment:
         segment = multipart.MultipartSegment([])
         segment.headerlist = headerlist
         values = [value for name, value in headerlist if name == "Content-Disposition"]
-        if len(values) != 1 or sum(name == "Content-Type" for name, _ in headerlist) > 1:
+        types = [value.rstrip(" \t") for name, value in headerlist if name == "Content-Type"]
+        if len(values) != 1 or len(types) > 1:
             raise BadMultipart("a part needs one Content-Disposition and at most one Content-Type")
         try:
             kind, segment.name, segment.filename = disposition_params(values[0])
@@ -219,6 +240,5 @@ class _Parser(multipart.PushMultipartParser):
             raise BadMultipart("a part's Content-Disposition is malformed") from exc
         if kind != "form-data" or segment.name is None:
             raise BadMultipart("a part's Content-Disposition is not form-data with a name")
+        segment.content_type = types[0] if types else None
         return segment
-
-

@@ -101,7 +101,7 @@ def _put(headers: dict[str, HeaderValue], key: str, value: str | None) -> None:
 def decode(
     *,
     app_id: object,
-    type: object,  # noqa: A002  the AMQP property's name
+    type: object,
     correlation_id: object,
     timestamp: object,
     headers: Mapping[object, object] | None,
