@@ -1,0 +1,366 @@
+"""``relay receive``: a queue consumed into a directory, for as long as it takes.
+
+One consumer on one channel, with manual acknowledgements. The network is trio's, the disk a worker
+thread's, a batch at a time, so that heartbeats go on while a disk is slow. A lost connection comes
+back by itself. Which deliveries may be acked is ``Receiver``'s decision, where bytes go
+``FileSink``'s; what a transfer is, this module does not know.
+"""
+
+import random
+import sys
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from signal import SIGINT, SIGTERM
+from typing import Final
+from urllib.parse import urlsplit
+
+import pika
+import pika.exceptions
+import trio
+from pika.channel import Channel
+from pika.connection import Connection, Parameters
+from pika.spec import Basic, BasicProperties
+
+from relay.broker.adapter import TrioConnection
+from relay.broker.session import translate
+from relay.receiver import Receiver, Settlement
+from relay.receiver.files import FileSink, OutputInUse
+
+PREFETCH: Final = 128
+"""Unacked deliveries: 16 MiB of frames of the default size. Half of it is one batch on disk."""
+
+PREFETCH_MAX: Final = 2000
+"""What RabbitMQ allows on quorum queues."""
+
+LINGER: Final = 0.005
+"""Seconds a batch that is not full waits for more, because each costs the disk a sync or two."""
+
+IDLE: Final = 1.0
+"""Seconds between two looks at what has expired while nothing comes."""
+
+CONNECT_TIMEOUT: Final = 15.0
+"""Seconds to connect, and again from there to the first delivery being possible."""
+
+CLOSE_TIMEOUT: Final = 5.0
+"""Seconds in which the broker takes the last acks; without them it delivers once more."""
+
+BACKOFF_FIRST: Final = 0.5
+BACKOFF_MAX: Final = 30.0
+"""Seconds between two attempts to connect: doubled each time, then jittered by half."""
+
+_FATAL: Final = (
+    pika.exceptions.ProbableAuthenticationError,
+    pika.exceptions.ProbableAccessDeniedError,
+    pika.exceptions.AuthenticationError,
+    pika.exceptions.IncompatibleProtocolError,
+)
+"""Ends of a connection after which the next attempt would end likewise."""
+
+_NOT_ALLOWED: Final = 530
+"""AMQP's reply code for, among others, a virtual host that does not exist."""
+
+
+def receive(
+    *, url: str, queue: str, output: Path, count: int | None = None, prefetch: int = PREFETCH
+) -> int:
+    """Write the transfers that come from ``queue`` into directories below ``output``.
+
+    One line on standard output for each, problems on standard error. Ends after ``count``
+    transfers, or on SIGINT or SIGTERM, whose handlers it takes over: call it from the main thread.
+
+    Args:
+        url: of the broker, amqp or amqps.
+        queue: must exist.
+        output: a directory, made if it is missing; one receiver at a time.
+        count: None for no end.
+        prefetch: deliveries to hold unacked, 2 to PREFETCH_MAX.
+
+    Returns:
+        The exit code: 0 for success, also when a signal ended it; 1 if it failed, or was stopped
+        before ``count`` was reached; 2 if the URL cannot be used.
+    """
+    try:
+        if urlsplit(url).scheme not in ("amqp", "amqps"):
+            raise ValueError
+        parameters = pika.URLParameters(url)
+    except (ValueError, LookupError):
+        # pika's words may quote a password.
+        _say("--amqp: not an AMQP URL (amqp://user:password@host:port/vhost)")
+        return 2
+    parameters.client_properties = {"connection_name": "relay receive"}
+    try:
+        sink = FileSink(output)
+    except (OutputInUse, OSError) as exc:
+        _say(str(exc))
+        return 1
+    try:
+        prefetch = min(max(prefetch, 2), PREFETCH_MAX)
+        consumer = _Consumer(parameters, queue, Receiver(sink), count, prefetch)
+        return trio.run(consumer.run)
+    finally:
+        sink.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Delivery:
+    tag: int
+    properties: BasicProperties
+    body: bytes
+
+
+class _Link:
+    """One connection that consumes one queue, until it ends; it never reconnects.
+
+    pika's callbacks change state and wake the one who waits, no more.
+    """
+
+    def __init__(
+        self, parameters: Parameters, stream: trio.abc.Stream, queue: str, prefetch: int
+    ) -> None:
+        self.consuming = False
+        self.deliveries: deque[_Delivery] = deque()
+        self.error: Exception | None = None
+        self._stream = stream
+        self._queue = queue
+        self._prefetch = prefetch
+        self._channel: Channel | None = None
+        self._changed = trio.lowlevel.ParkingLot()
+        self._connection = TrioConnection(
+            parameters, stream, on_open=self._on_open, on_closed=self._on_closed
+        )
+
+    async def run(self) -> None:
+        """Drive the connection until ``close``, or until it is lost; ``error`` tells why."""
+        # Shielded, so that the last acks leave when the task is cancelled; close() ends it.
+        with trio.CancelScope(shield=True):
+            if self.error is None:
+                await self._connection.run()
+            else:
+                # Closed before it could begin: the connection would not notice.
+                await trio.aclose_forcefully(self._stream)
+
+    async def wait_until(self, ready: Callable[[], bool]) -> None:
+        """Wait until something is ready, or the connection has ended."""
+        while self.error is None and not ready():
+            await self._changed.park()
+
+    def settle(self, settlement: Settlement) -> None:
+        """Reject and ack. Of no effect if the channel is gone: all of it will come again."""
+        channel = self._channel
+        if self.error is not None or channel is None or not channel.is_open:
+            return
+        for tag in settlement.reject:
+            channel.basic_reject(tag, requeue=False)
+        if settlement.ack:
+            # All up to this one have been settled, so one ack does for many.
+            channel.basic_ack(max(settlement.ack), multiple=True)
+
+    def take(self, limit: int) -> list[_Delivery]:
+        """Up to ``limit`` deliveries, in order."""
+        return [self.deliveries.popleft() for _ in range(min(limit, len(self.deliveries)))]
+
+    async def close(self) -> None:
+        """End the connection when the broker has taken what was settled.
+
+        Not in pika's way: that cancels the consumer first, and quorum queues then put deliveries
+        that are under way behind those that wait. The next consumer would see a gap.
+        """
+        channel = self._channel
+        if self.error is None and self.consuming and channel is not None:
+            # The answer to any method on the channel comes after its acks have been taken.
+            flushed = trio.Event()
+            channel.basic_qos(prefetch_count=self._prefetch, callback=lambda _: self._set(flushed))
+            with trio.move_on_after(CLOSE_TIMEOUT):
+                await self.wait_until(flushed.is_set)
+        self._connection.abort("relay receive is done")
+        self._end(pika.exceptions.StreamLostError("relay receive is done"))
+
+    def _on_open(self, connection: Connection) -> None:
+        connection.channel(on_open_callback=self._on_channel_open)
+
+    def _on_channel_open(self, channel: Channel) -> None:
+        self._channel = channel
+        channel.add_on_close_callback(lambda _, reason: self._end(reason))
+        channel.add_on_cancel_callback(
+            lambda _: self._end(pika.exceptions.ConsumerCancelled("the queue was deleted or moved"))
+        )
+        channel.basic_qos(prefetch_count=self._prefetch, callback=self._on_qos)
+
+    def _on_qos(self, _frame: object) -> None:
+        assert self._channel is not None
+        self._channel.basic_consume(self._queue, self._on_message, callback=self._on_consuming)
+
+    def _on_consuming(self, _frame: object) -> None:
+        self.consuming = True
+        self._changed.unpark_all()
+
+    def _on_message(
+        self, _channel: Channel, method: Basic.Deliver, properties: BasicProperties, body: bytes
+    ) -> None:
+        self.deliveries.append(_Delivery(int(method.delivery_tag or 0), properties, body))
+        self._changed.unpark_all()
+
+    def _set(self, event: trio.Event) -> None:
+        event.set()
+        self._changed.unpark_all()
+
+    def _on_closed(self, _connection: Connection, reason: Exception) -> None:
+        self._end(reason)
+
+    def _end(self, reason: Exception) -> None:
+        if self.error is None:
+            self.error = reason
+        self._changed.unpark_all()
+
+
+class _Consumer:
+    """Connects, consumes, reconnects, until there is a reason to stop."""
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        queue: str,
+        receiver: Receiver,
+        count: int | None,
+        prefetch: int,
+    ) -> None:
+        self._parameters = parameters
+        self._queue = queue
+        self._receiver = receiver
+        self._count = count
+        self._prefetch = prefetch
+        self._failed = False
+        self._attempt = 0
+
+    async def run(self) -> int:
+        """Returns the exit code."""
+        with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
+                await self._keep_consuming()
+                nursery.cancel_scope.cancel()
+        unmet = self._count is not None and not self._is_complete()
+        return 1 if self._failed or unmet else 0
+
+    async def _keep_consuming(self) -> None:
+        said = ""
+        while (reason := await self._consume_once()) is not None:
+            delay = min(BACKOFF_MAX, BACKOFF_FIRST * 2.0 ** min(self._attempt, 16))
+            # Once per change: a broker that is away for a night is not worth a line a minute.
+            if reason != said or self._attempt == 0:
+                _say(f"{reason}; trying again until it works")
+                said = reason
+            self._attempt += 1
+            await trio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311  not a secret
+
+    async def _consume_once(self) -> str | None:
+        """One connection. Returns why there must be another, None if there must not."""
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT):
+                stream = await _open_stream(self._parameters)
+        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as exc:
+            return f"cannot connect to the broker: {str(exc) or 'timeout'}"
+        link = _Link(self._parameters, stream, self._queue, self._prefetch)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(link.run)
+            try:
+                return await self._consume(link)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await link.close()
+
+    async def _consume(self, link: _Link) -> str | None:
+        with trio.move_on_after(CONNECT_TIMEOUT):
+            await link.wait_until(lambda: link.consuming)
+        if link.error is None and not link.consuming:
+            return "no answer from the broker"
+        batch_size = self._prefetch // 2
+        while link.error is None:
+            with trio.move_on_after(IDLE):
+                await link.wait_until(lambda: bool(link.deliveries))
+            with trio.move_on_after(LINGER):
+                await link.wait_until(lambda: len(link.deliveries) >= batch_size)
+            batch = link.take(batch_size)
+            try:
+                settlement = await trio.to_thread.run_sync(self._work, batch)
+                _report(settlement)
+            except OSError as exc:
+                self._fail(f"{exc}; what was not saved stays in the queue")
+                return None
+            link.settle(settlement)
+            self._attempt = 0
+            if self._is_complete():
+                return None
+        return self._after(link.error, consuming=link.consuming)
+
+    def _work(self, batch: list[_Delivery]) -> Settlement:
+        """In a worker thread: no more than one at a time."""
+        for delivery in batch:
+            if self._is_complete():
+                break
+            properties = delivery.properties
+            self._receiver.feed(
+                delivery.tag,
+                app_id=properties.app_id,
+                type=properties.type,
+                correlation_id=properties.correlation_id,
+                timestamp=properties.timestamp,
+                headers=properties.headers,
+                body=delivery.body,
+            )
+        return self._receiver.settle()
+
+    def _is_complete(self) -> bool:
+        return self._count is not None and self._receiver.delivered >= self._count
+
+    def _after(self, error: Exception, *, consuming: bool) -> str | None:
+        """What follows from the end of a connection: another attempt, or failure."""
+        reason = str(translate(error))
+        refused = isinstance(error, pika.exceptions.ChannelClosedByBroker) and not consuming
+        not_allowed = (
+            isinstance(error, pika.exceptions.ConnectionClosedByBroker)
+            and error.reply_code == _NOT_ALLOWED
+        )
+        if refused or not_allowed or isinstance(error, _FATAL):
+            self._fail(reason)
+            return None
+        return reason
+
+    def _fail(self, reason: str) -> None:
+        _say(reason)
+        self._failed = True
+
+
+async def _open_stream(parameters: Parameters) -> trio.abc.Stream:
+    stream = await trio.open_tcp_stream(parameters.host, parameters.port)
+    options = parameters.ssl_options
+    if options is None:
+        return stream
+    server_name = options.server_hostname or parameters.host
+    secure = trio.SSLStream(stream, options.context, server_hostname=server_name)
+    await secure.do_handshake()
+    return secure
+
+
+async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
+        return
+
+
+def _report(settlement: Settlement) -> None:
+    for problem in settlement.problems:
+        _say(problem)
+    for delivered in settlement.delivered:
+        totals = delivered.totals
+        print(
+            f"transfer {delivered.transfer.id}  parts {totals.parts}  bytes {totals.bytes}"
+            f"  {delivered.where}",
+            flush=True,
+        )
+
+
+def _say(text: str) -> None:
+    print(f"relay receive: {text}", file=sys.stderr, flush=True)

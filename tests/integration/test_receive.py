@@ -1,0 +1,479 @@
+"""``relay receive`` as a process, against a real broker: what goes in comes out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pika
+import pytest
+from pika.adapters.blocking_connection import BlockingChannel
+from pika.spec import BasicProperties
+
+import relay
+from relay.demo.rabbitmq import RabbitMQNode
+from relay.model import Frame, PartHead, Transfer
+from relay.protocol.framing import Framer
+from relay.protocol.wire import APP_ID, CONTENT_TYPE, Message, encode_abort, encode_frame
+
+FRAME = 4096
+PATIENCE = 60.0
+"""Seconds for anything; a test that waits longer has failed."""
+
+QUORUM = {"x-queue-type": "quorum"}
+STOPS = 4
+
+
+def eventually(condition: Callable[[], bool], what: str) -> None:
+    """Poll: neither the broker's queues nor another process's files tell when they change."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {PATIENCE} s: {what}")
+        time.sleep(0.02)
+
+
+class Queue:
+    """A queue of its own for a test, and a channel to publish to it."""
+
+    def __init__(self, channel: BlockingChannel, arguments: Mapping[str, object]) -> None:
+        self.name = f"receive-{uuid.uuid4()}"
+        self._channel = channel
+        channel.queue_declare(self.name, durable=True, arguments=dict(arguments))
+
+    def publish(self, message: Message, **properties: object) -> None:
+        changed = {
+            "app_id": APP_ID,
+            "type": message.type,
+            "correlation_id": message.correlation_id,
+            "message_id": message.message_id,
+            "timestamp": message.timestamp,
+            "headers": dict(message.headers),
+            "content_type": CONTENT_TYPE,
+            "delivery_mode": 2,
+        } | properties
+        self._channel.basic_publish("", self.name, message.body, BasicProperties(**changed))
+
+    def publish_frames(self, frames: Sequence[Frame]) -> None:
+        for frame in frames:
+            self.publish(encode_frame(frame))
+
+    def wait_for(self, count: int) -> None:
+        """Until so many messages are ready in it."""
+        eventually(lambda: self._ready() == count, f"{count} messages ready in {self.name}")
+
+    def drain(self, count: int) -> list[BasicProperties]:
+        """Properties of so many messages, which must be all there are."""
+        self.wait_for(count)
+        taken = [self._channel.basic_get(self.name, auto_ack=True)[1] for _ in range(count)]
+        assert None not in taken
+        return [properties for properties in taken if properties is not None]
+
+    def _ready(self) -> int:
+        return int(self._channel.queue_declare(self.name, passive=True).method.message_count)
+
+
+class Receiver:
+    """``relay receive`` as a process."""
+
+    def __init__(
+        self, url: str, queue: str, output: Path, *options: str, under: Sequence[str] = ()
+    ) -> None:
+        """``under``: a command that runs the one that follows it."""
+        self._streams = [open(output.with_suffix(s), "a+") for s in (".out", ".err")]  # noqa: SIM115
+        command = [*under, sys.executable, "-m", "relay", "receive", "--amqp", url]
+        self._process = subprocess.Popen(
+            [*command, "--queue", queue, "--output", str(output), *options],
+            stdout=self._streams[0],
+            stderr=self._streams[1],
+            env=os.environ | {"PYTHONPATH": str(Path(relay.__file__).parents[1])},
+        )
+
+    @property
+    def out(self) -> str:
+        return self._text(0)
+
+    @property
+    def err(self) -> str:
+        return self._text(1)
+
+    def wait(self) -> int:
+        return self._process.wait(PATIENCE)
+
+    def stop(self, number: int) -> int:
+        self._process.send_signal(number)
+        return self.wait()
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        for stream in self._streams:
+            stream.close()
+
+    def _text(self, index: int) -> str:
+        self._streams[index].seek(0)
+        return self._streams[index].read()
+
+
+MakeQueue = Callable[..., Queue]
+Start = Callable[..., Receiver]
+
+
+@pytest.fixture
+def make_queue(rabbitmq: RabbitMQNode) -> Iterator[MakeQueue]:
+    connection = pika.BlockingConnection(pika.URLParameters(rabbitmq.url))
+    channel = connection.channel()
+    yield lambda arguments=QUORUM: Queue(channel, arguments)
+    connection.close()
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "output"
+
+
+@pytest.fixture
+def start(rabbitmq: RabbitMQNode, output: Path) -> Iterator[Start]:
+    receivers: list[Receiver] = []
+
+    def start(
+        queue: str, *options: str, url: str = rabbitmq.url, under: Sequence[str] = ()
+    ) -> Receiver:
+        receivers.append(Receiver(url, queue, output, *options, under=under))
+        return receivers[-1]
+
+    yield start
+    for receiver in receivers:
+        receiver.close()
+
+
+def cut(*parts: tuple[str, bytes], digests: Sequence[str] = ()) -> list[Frame]:
+    """The frames of a new transfer."""
+    transfer = Transfer(id=str(uuid.uuid4()), began=int(time.time()), route="default")
+    framer = Framer(transfer, frame_size=FRAME, digests=digests)
+    frames: list[Frame] = []
+    for filename, body in parts:
+        frames += framer.start_part(PartHead(name="file", filename=filename))
+        frames += framer.feed(body)
+        framer.end_part()
+    return [*frames, framer.finish()[0]]
+
+
+def interleave(random: Random, *lines: list[Frame]) -> list[Frame]:
+    order = [n for n, line in enumerate(lines) for _ in line]
+    random.shuffle(order)
+    queues = [iter(line) for line in lines]
+    return [next(queues[n]) for n in order]
+
+
+def check(output: Path, frames: Sequence[Frame], *parts: tuple[str, bytes]) -> None:
+    """The transfer's directory holds these parts under these names, a receipt, and no more."""
+    directory = output / frames[0].transfer.id
+    assert {p.name for p in directory.iterdir()} == {"receipt.json", *(name for name, _ in parts)}
+    for name, body in parts:
+        assert (directory / name).read_bytes() == body
+    receipt = json.loads((directory / "receipt.json").read_text())
+    assert receipt["bytes"] == sum(len(body) for _, body in parts)
+    assert receipt["frames"] == len(frames)
+
+
+def nothing_staged(output: Path) -> bool:
+    return os.listdir(output / ".relay-staging") == []
+
+
+@pytest.mark.parametrize("arguments", [{}, QUORUM], ids=["classic", "quorum"])
+def test_interleaved_transfers_come_out_byte_for_byte(
+    make_queue: MakeQueue, start: Start, output: Path, arguments: dict[str, object]
+) -> None:
+    random = Random(1)
+    sizes = [0, 1, FRAME - 1, FRAME, FRAME + 1, 2 * FRAME, 300_000]
+    bodies = {size: random.randbytes(size) for size in sizes}
+    lines = [cut((f"{size}.bin", body), digests=["sha-256"]) for size, body in bodies.items()]
+    together = cut(*((f"ü{size}", body) for size, body in bodies.items()))
+    queue = make_queue(arguments)
+    queue.publish_frames(interleave(random, *lines, together))
+
+    receiver = start(queue.name, "--count", "8")
+
+    assert receiver.wait() == 0
+    for frames, (size, body) in zip(lines, bodies.items(), strict=True):
+        check(output, frames, (f"0-{size}.bin", body))
+    check(output, together, *((f"{n}-ü{s}", b) for n, (s, b) in enumerate(bodies.items())))
+    assert nothing_staged(output)
+    assert len(receiver.out.splitlines()) == 8
+    transfer = together[0].transfer.id
+    total = sum(sizes)
+    assert f"transfer {transfer}  parts 7  bytes {total}  {output / transfer}\n" in receiver.out
+    assert receiver.err == ""
+    queue.wait_for(0)
+
+
+def test_duplicates_and_aborts_change_nothing(
+    make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    body = Random(2).randbytes(10 * FRAME)
+    frames, given_up, last = cut(("a", body)), cut(("b", body)), cut(("c", b"x"))
+    queue = make_queue()
+    queue.publish_frames(given_up[:4])
+    # Published again from the fifth frame on, as after a lost connection to the broker.
+    queue.publish_frames([*frames[:7], *frames[4:], *frames[8:]])
+    queue.publish(encode_abort(given_up[0].transfer, 4, "client-gone"))
+    queue.publish_frames([*given_up[2:4], *last])
+
+    receiver = start(queue.name, "--count", "2")
+
+    assert receiver.wait() == 0
+    check(output, frames, ("0-a", body))
+    check(output, last, ("0-c", b"x"))
+    assert not (output / given_up[0].transfer.id).exists()
+    assert nothing_staged(output)
+    assert f"{given_up[0].transfer.id} aborted: client-gone" in receiver.err
+    queue.wait_for(0)
+
+
+def test_hostile_file_names_stay_inside(
+    make_queue: MakeQueue, start: Start, output: Path, tmp_path: Path
+) -> None:
+    names = ["../../../evil", f"{tmp_path}/evil", "..\\..\\evil", "é" * 1000, "a\nb\x1b[2J", ".."]
+    frames = cut(*((name, b"x") for name in names))
+    queue = make_queue()
+    queue.publish_frames(frames)
+
+    receiver = start(queue.name, "--count", "1")
+
+    assert receiver.wait() == 0
+    expected = ["0-evil", "1-evil", "2-evil", "3-" + "é" * 126, "4-a_b_[2J", "5-file"]
+    check(output, frames, *((name, b"x") for name in expected))
+    assert {p.name for p in tmp_path.iterdir()} == {"output", "output.out", "output.err"}
+
+
+def test_bad_messages_are_dead_lettered_and_the_good_ones_delivered(
+    make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    dead = make_queue()
+    queue = make_queue(
+        QUORUM | {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead.name}
+    )
+    body = Random(3).randbytes(5 * FRAME)
+    good, gap, rotten = cut(("good", body)), cut(("gap", body)), cut(("rotten", body))
+    message = encode_frame(good[0])
+    queue.publish(message, app_id="billing", message_id="foreign")
+    queue.publish(message, headers={"relay": 2}, message_id="version 2")
+    queue.publish(message, headers=None, message_id="no headers")
+    queue.publish(message, correlation_id="../../evil", message_id="path")
+    queue.publish_frames([gap[0], *gap[2:]])
+    queue.publish_frames([replace(rotten[0], body=b"x" * FRAME), *rotten[1:]])
+    queue.publish_frames(good)
+
+    receiver = start(queue.name, "--count", "1")
+
+    assert receiver.wait() == 0
+    check(output, good, ("0-good", body))
+    assert {p.name for p in output.iterdir()} == {".relay-staging", good[0].transfer.id}
+    expected = ["foreign", "version 2", "no headers", "path"]
+    expected += [encode_frame(f).message_id for f in (gap[0], *gap[2:], *rotten)]
+    assert sorted(p.message_id for p in dead.drain(len(expected))) == sorted(expected)
+    assert f"transfer {gap[0].transfer.id} failed: frame 2 came where 1 was due" in receiver.err
+    assert f"transfer {rotten[0].transfer.id} failed: crc32c of frame 0" in receiver.err
+    assert len(receiver.err.splitlines()) == 6
+    queue.wait_for(0)
+
+
+def messages(rabbitmq: RabbitMQNode, queue: Queue) -> int:
+    """Ready and unacked ones."""
+    for line in rabbitmq.ctl("list_queues", "name", "messages", "--no-table-headers").splitlines():
+        name, count = line.split()
+        if name == queue.name:
+            return int(count)
+    pytest.fail("no such queue")
+
+
+def test_killed_after_acks_it_goes_on_from_its_staging(
+    rabbitmq: RabbitMQNode, make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    body = Random(4).randbytes(100 * FRAME)
+    frames = cut(("a", body), ("b", body), digests=["sha-512"])
+    queue = make_queue()
+    queue.publish_frames(frames[:150])
+    first = start(queue.name, "--count", "1")
+    eventually(lambda: messages(rabbitmq, queue) == 0, "150 frames acked")
+    assert first.stop(signal.SIGKILL) == -signal.SIGKILL
+    assert not (output / frames[0].transfer.id).exists()
+
+    queue.publish_frames(frames[150:])
+    second = start(queue.name, "--count", "1")
+
+    assert second.wait() == 0
+    check(output, frames, ("0-a", body), ("1-b", body))
+    assert nothing_staged(output)
+
+
+def staged_bytes(output: Path) -> int:
+    """What has come so far, staged or delivered; files move meanwhile."""
+    total = 0
+    for directory, _, names in os.walk(output):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(directory, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("arguments", [{}, QUORUM], ids=["classic", "quorum"])
+def test_ended_again_and_again_it_misses_nothing(
+    make_queue: MakeQueue,
+    start: Start,
+    output: Path,
+    how: signal.Signals,
+    arguments: dict[str, object],
+) -> None:
+    # On a quorum queue, whatever is requeued in another way than by losing the connection comes
+    # back in another order: a receiver that closed as AMQP clients do would see a gap here.
+    random = Random(5)
+    bodies = [random.randbytes(800 * FRAME) for _ in range(4)]
+    lines = [cut(("x", body)) for body in bodies]
+    small = [cut(("y", b"z")) for _ in range(60)]
+    total = sum(map(len, bodies))
+    queue = make_queue(arguments)
+    queue.publish_frames(interleave(random, *lines, *small))
+    for stop in range(1, STOPS + 1):
+        receiver = start(queue.name, "--count", "64")
+        enough = total * stop // (STOPS + 1)
+        eventually(lambda enough=enough: staged_bytes(output) >= enough, f"{enough} bytes")  # type: ignore[misc]
+        assert receiver.stop(how) == (1 if how == signal.SIGTERM else -how)
+
+    receiver = start(queue.name)
+    eventually(lambda: len(os.listdir(output)) == 65, "64 transfers delivered")
+    queue.wait_for(0)
+
+    assert receiver.stop(signal.SIGTERM) == 0
+    for frames, body in zip(lines, bodies, strict=True):
+        check(output, frames, ("0-x", body))
+    for frames in small:
+        check(output, frames, ("0-y", b"z"))
+    assert nothing_staged(output)
+    assert receiver.err == ""
+    # Each is told of, though a kill between the two may have it told of twice.
+    told = {line.split()[1] for line in receiver.out.splitlines()}
+    assert told == {frames[0].transfer.id for frames in (*lines, *small)}
+
+
+def test_it_ends_at_count_and_leaves_the_rest_in_the_queue(
+    make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    transfers = [cut(("x", b"x" * FRAME * 2)) for _ in range(5)]
+    queue = make_queue()
+    for frames in transfers:
+        queue.publish_frames(frames)
+    assert start(queue.name, "--count", "2").wait() == 0
+    queue.wait_for(2 * 3)
+    assert start(queue.name, "--count", "3").wait() == 0
+    for frames in transfers:
+        check(output, frames, ("0-x", b"x" * FRAME * 2))
+
+
+def test_a_disk_that_takes_no_more_ends_it_and_nothing_is_lost(
+    make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    body = Random(7).randbytes(100 * FRAME)
+    frames = cut(("x", body))
+    queue = make_queue()
+    queue.publish_frames(frames)
+
+    full = start(queue.name, "--count", "1", under=["prlimit", f"--fsize={70 * FRAME}"])
+
+    assert full.wait() == 1
+    assert len(full.err.splitlines()) == 1
+    assert not (output / frames[0].transfer.id).exists()
+    assert start(queue.name, "--count", "1").wait() == 0
+    check(output, frames, ("0-x", body))
+
+
+def test_a_restarted_broker_is_found_again(start: Start, output: Path) -> None:
+    with RabbitMQNode() as node:
+        body = Random(6).randbytes(50 * FRAME)
+        frames = cut(("x", body))
+        connection = pika.BlockingConnection(pika.URLParameters(node.url))
+        queue = Queue(connection.channel(), QUORUM)
+        queue.publish_frames(frames[:25])
+        receiver = start(queue.name, "--count", "1", url=node.url)
+        eventually(lambda: messages(node, queue) == 0, "25 frames acked")
+        connection.close()
+        node.restart()
+        with pika.BlockingConnection(pika.URLParameters(node.url)) as connection:
+            channel = connection.channel()
+            for frame in frames[25:]:
+                message = encode_frame(frame)
+                properties = BasicProperties(
+                    app_id=APP_ID,
+                    type=message.type,
+                    correlation_id=message.correlation_id,
+                    timestamp=message.timestamp,
+                    headers=dict(message.headers),
+                )
+                channel.basic_publish("", queue.name, message.body, properties)
+        assert receiver.wait() == 0
+    check(output, frames, ("0-x", body))
+    assert "trying again" in receiver.err
+
+
+def test_without_a_queue_it_fails_with_one_clear_line(start: Start) -> None:
+    receiver = start("no-such-queue")
+    assert receiver.wait() == 1
+    assert "no-such-queue" in receiver.err
+    assert len(receiver.err.splitlines()) == 1
+
+
+def test_a_wrong_password_is_told_and_not_tried_again(rabbitmq: RabbitMQNode, start: Start) -> None:
+    receiver = start("x", url=rabbitmq.url.replace("guest:guest", "guest:secret"))
+    assert receiver.wait() == 1
+    assert len(receiver.err.splitlines()) == 1
+    assert "secret" not in receiver.err
+
+
+def test_a_missing_virtual_host_is_told_and_not_tried_again(
+    rabbitmq: RabbitMQNode, start: Start
+) -> None:
+    receiver = start("x", url=rabbitmq.url.replace("%2f", "nowhere"))
+    assert receiver.wait() == 1
+    assert len(receiver.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("url", ["amqp://guest:sesame/x@localhost/", "http://localhost/", "x"])
+def test_a_url_that_is_none_is_a_usage_error(start: Start, url: str) -> None:
+    receiver = start("x", url=url)
+    assert receiver.wait() == 2
+    assert len(receiver.err.splitlines()) == 1
+    assert "sesame" not in receiver.err
+
+
+def test_an_output_that_cannot_be_made_fails_with_one_clear_line(
+    start: Start, output: Path
+) -> None:
+    output.write_text("a file")
+    receiver = start("x")
+    assert receiver.wait() == 1
+    assert len(receiver.err.splitlines()) == 1
+
+
+def test_a_deleted_queue_ends_it(
+    rabbitmq: RabbitMQNode, make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    queue = make_queue()
+    receiver = start(queue.name)
+    queue.publish_frames(cut(("x", b"x")))
+    eventually(lambda: "transfer" in receiver.out, "the receiver is at work")
+    with pika.BlockingConnection(pika.URLParameters(rabbitmq.url)) as connection:
+        connection.channel().queue_delete(queue.name)
+    assert receiver.wait() == 1
+    assert queue.name in receiver.err
