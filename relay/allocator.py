@@ -33,4 +33,5 @@ def tune() -> bool:
         (_M_TRIM_THRESHOLD, THRESHOLD),
         (_M_TOP_PAD, _TOP_PAD),
     )
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+    taken = [mallopt(parameter, value) for parameter, value in settings]
+    return all(taken)

@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     # Imported here: each command starts without what only the others need.
-    from relay import daemon, logs  # noqa: PLC0415
-    from relay.server.listeners import ListenError  # noqa: PLC0415
+    from relay import daemon, logs
+    from relay.server.listeners import ListenError
 
     config = load(
         arguments.config, listen=arguments.listen, amqp=arguments.amqp, admin=arguments.admin
@@ -42,7 +42,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _receive(arguments: argparse.Namespace) -> int:
-    from relay.receiver.consumer import receive  # noqa: PLC0415
+    from relay.receiver.consumer import receive
 
     return receive(
         url=arguments.amqp,
@@ -53,7 +53,7 @@ def _receive(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    from relay.demo.run import demo  # noqa: PLC0415
+    from relay.demo.run import demo
 
     return demo(arguments.file)
 
@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser(
         "demo",
         help="show the whole path on this machine",
-        description="Start a private RabbitMQ node and a daemon, upload a file, receive it, report.",
+        description="Start a private RabbitMQ node and a daemon, upload, receive, report.",
     )
     demo.add_argument("file", metavar="FILE", nargs="?", type=Path, help="default: 256 MiB made up")
     demo.set_defaults(run=_demo)

@@ -38,7 +38,9 @@ def parse_size(value: object) -> int:
     """Bytes from an integer or text such as ``"64 MiB"`` (KiB, MiB, GiB, TiB, B)."""
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
-    elif isinstance(value, str) and (match := re.fullmatch(r"(\d+)\s*([KMGT]iB|B)?", value.strip())):
+    elif isinstance(value, str) and (
+        match := re.fullmatch(r"(\d+)\s*([KMGT]iB|B)?", value.strip(), re.ASCII)
+    ):
         number = int(match[1]) << {"K": 10, "M": 20, "G": 30, "T": 40}.get((match[2] or "B")[0], 0)
     else:
         raise ValueError('a size is bytes or text such as "64 MiB"')

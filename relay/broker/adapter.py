@@ -39,8 +39,11 @@ OnAck = Callable[[int, bool], None]
 _MALFORMED = (
     pika.exceptions.AMQPError,
     struct.error,
-    KeyError,
-    IndexError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
     ValueError,
 )
 """What pika's decoder raises on bytes that are not AMQP, apart from its own exceptions."""
@@ -98,8 +101,10 @@ class TrioConnection(Connection):
                 self._lost = pika.exceptions.StreamLostError("the connection was abandoned")
             self._queue.clear()
             self._queued = 0
-            await trio.aclose_forcefully(self._stream)
-            self._on_stream_terminated(self._lost)
+            try:
+                await trio.aclose_forcefully(self._stream)
+            finally:
+                self._on_stream_terminated(self._lost)
 
     def abort(self, reason: str) -> None:
         """Drop the connection without a word to the broker. ``run`` ends; safe to call twice."""
@@ -151,6 +156,9 @@ class TrioConnection(Connection):
         try:
             while data := await self._stream.receive_some(READ_SIZE):
                 self._on_data_available(self._take_acks(bytes(data)))
+                # pika collects a frame of any size, up to 4 GiB, without asking what was agreed.
+                if len(self._frame_buffer) > self.params.frame_max:
+                    raise pika.exceptions.InvalidFrameError("a frame larger than agreed")
         except trio.BrokenResourceError as exc:
             self._lose(pika.exceptions.StreamLostError(f"connection lost: {exc.__cause__ or exc}"))
         except _MALFORMED as exc:

@@ -12,8 +12,9 @@ deadline of its own is for room in the shared window, and whoever holds that roo
 
 import itertools
 import logging
+import math
 import random
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final
 
@@ -53,6 +54,10 @@ BACKOFF_LAST: Final = 10.0
 """Seconds between attempts to connect: doubled each time, then jittered by half."""
 
 
+Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
+"""Opens a stream to a host and port, or raises OSError."""
+
+
 def backoff(attempt: int, jitter: float) -> float:
     """Seconds to wait before attempt number ``attempt`` (0: the first after a failure).
 
@@ -65,12 +70,19 @@ def backoff(attempt: int, jitter: float) -> float:
 class Publisher:
     """The daemon's way to the broker."""
 
-    def __init__(self, config: AmqpConfig, routes: Mapping[str, RouteConfig]) -> None:
+    def __init__(
+        self,
+        config: AmqpConfig,
+        routes: Mapping[str, RouteConfig],
+        *,
+        connect: Connect = trio.open_tcp_stream,
+    ) -> None:
+        """Publish for ``routes``, whose queues it declares on each connection it makes."""
         self.config = config
         self.window = Window(config.window)
-        self.down_since: float | None = None
         self.connects = 0
         self._routes = routes
+        self._connect = connect
         self._session: Session | None = None
         self._error: BrokerError = BrokerUnavailable("not connected to the broker yet")
         self._changed = trio.lowlevel.ParkingLot()
@@ -83,14 +95,20 @@ class Publisher:
         """Keep a session to one of the brokers. Ends only by cancellation."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
-            self.down_since = trio.current_time()
-            attempt = 0
-            for url in itertools.cycle(self.config.urls):
-                connects = self.connects
-                await self._run_session(self._parameters(url))
-                attempt = attempt + 1 if connects == self.connects else 0
-                # Jitter, not secrecy.
-                await trio.sleep(backoff(attempt, random.random()))  # noqa: S311
+            try:
+                await self._stay_connected()
+            finally:
+                # Uploads that are cancelled at the same time still tell of their failure.
+                self._nursery = None
+
+    async def _stay_connected(self) -> None:
+        attempt = 0
+        for url in itertools.cycle(self.config.urls):
+            connects = self.connects
+            await self._run_session(self._parameters(url))
+            attempt = attempt + 1 if connects == self.connects else 0
+            # Jitter, not secrecy.
+            await trio.sleep(backoff(attempt, random.random()))  # noqa: S311
 
     async def close(self) -> None:
         """Say goodbye to the broker. Call it before cancelling ``run``."""
@@ -102,7 +120,8 @@ class Publisher:
         """Why an upload would not be admitted now, or None if it would."""
         session = self._session
         if session is None or not session.is_open:
-            return self._error
+            # A new one each time: raising an exception adds to its traceback, for ever.
+            return type(self._error)(self._error.detail)
         if session.blocked_reason is not None:
             return BrokerBlocked(f"the broker does not take messages: {session.blocked_reason}")
         return None
@@ -149,10 +168,13 @@ class Publisher:
                 # The session is dead or dying. The next one is awaited under the caller's deadline.
                 await session.closed.wait()
 
-    def spawn(self, function: Callable[[], object]) -> None:
-        """Run an async function in the publisher's nursery: it outlives the upload."""
+    def spawn(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Run an async function in the publisher's nursery: it outlives the upload.
+
+        It does not run if the publisher has ended.
+        """
         if self._nursery is not None:
-            self._nursery.start_soon(function)  # type: ignore[arg-type]
+            self._nursery.start_soon(function)
 
     async def _wait_session(self) -> Session:
         while self._session is None or not self._session.is_open:
@@ -163,7 +185,7 @@ class Publisher:
         """Connect and stay until the connection ends."""
         try:
             with trio.fail_after(CONNECT_TIMEOUT):
-                stream = await trio.open_tcp_stream(parameters.host, parameters.port)
+                stream = await self._connect(parameters.host, parameters.port)
         except (OSError, trio.TooSlowError) as exc:
             self._down(BrokerUnavailable(f"cannot connect to the broker: {exc}"), parameters)
             return
@@ -195,8 +217,9 @@ class Publisher:
     def _up(self, session: Session, parameters: pika.connection.Parameters) -> None:
         self._session = session
         self.connects += 1
-        self.down_since = None
         log.info("connected to the broker at %s:%s", parameters.host, parameters.port)
+        if session.blocked_reason is not None:
+            self._on_blocked_changed()
         self._changed.unpark_all()
 
     def _down(self, error: BrokerError, parameters: pika.connection.Parameters) -> None:
@@ -207,14 +230,17 @@ class Publisher:
             log.warning("broker %s:%s: %s", parameters.host, parameters.port, error)
         self._error = error
         self.blocked_since = None
-        if self._session is not None or self.down_since is None:
-            self.down_since = trio.current_time()
         self._session = None
 
     def _on_blocked_changed(self) -> None:
-        blocked = self._session is not None and self._session.blocked_reason is not None
+        if self._session is None:  # not up yet
+            return
+        blocked = self._session.blocked_reason is not None
+        if blocked == (self.blocked_since is not None):  # another alarm, or none that we knew of
+            return
         self.blocked_since = trio.current_time() if blocked else None
-        log.warning("the broker %s", "is blocked by an alarm" if blocked else "takes messages again")
+        state = "is blocked by an alarm" if blocked else "takes messages again"
+        log.warning("the broker %s", state)
         for publication in self._publications:
             publication.on_blocked_changed()
 
@@ -252,8 +278,11 @@ class Publication:
         self._commit_sent = False
         self._closed = False
         self._failure: BrokerError | None = None
-        # What was outstanding when the channel was lost; None while there is a channel.
-        self._unknown: list[Message] | None = None
+        # What was outstanding when the channel was lost, until it is published again.
+        self._unknown: list[Message] = []
+        self._recovery = trio.CancelScope()
+        self._lost_since: float | None = None
+        self._is_in_doubt = False
         self._progress = trio.current_time()
         self._changed = trio.lowlevel.ParkingLot()
 
@@ -292,6 +321,8 @@ class Publication:
             return
         message = encode_abort(self._transfer, self._published, reason)
         if self._channel is not None and self._channel.is_open:
+            if not self._outstanding:
+                self._progress = trio.current_time()
             self._channel.publish(message, mandatory=False)
         else:
             self._publisher.spawn(lambda: self._abort_elsewhere(message))
@@ -299,8 +330,11 @@ class Publication:
     def close(self) -> None:
         """Give the channel back as soon as all that was published on it is settled."""
         self._closed = True
+        self._recovery.cancel()
         self._give_up()
         self._release_channel()
+        if self._channel is not None:
+            self._publisher.spawn(self._see_off)
 
     # --- publishing ----------------------------------------------------------------------------
 
@@ -314,44 +348,44 @@ class Publication:
         size = len(message.body)
         await self._until(lambda: self._unconfirmed + size <= self._config.upload_window)
         window = self._publisher.window
-        await window.acquire(size)
+        request = window.request(size, self._changed.unpark_all)
         try:
-            # Much can have happened while this upload waited for room.
-            await self._until(lambda: True)
+            await self._until(lambda: request.granted)
+            assert self._channel is not None
+            if not self._outstanding:
+                self._progress = trio.current_time()
+            self._channel.publish(message, mandatory=self._mandatory)
         except BaseException:
-            window.release(size)
+            window.withdraw(request)
             raise
-        assert self._channel is not None
-        if not self._outstanding:
-            self._progress = trio.current_time()
         self._unconfirmed += size
         self._published += 1
         self._commit_sent = commit
-        self._channel.publish(message, mandatory=self._mandatory)
 
     @property
     def _outstanding(self) -> int:
         return self._channel.outstanding if self._channel is not None else 0
 
     async def _until(self, ready: Callable[[], bool]) -> None:
-        """Wait for ``ready``; meanwhile recover from lost connections and mind the deadlines."""
+        """Wait for ``ready`` and a channel; meanwhile mind failures and deadlines."""
         while True:
             if self._failure is not None:
                 raise self._failure
-            if self._unknown is not None:
-                await self._recover()
-            elif ready():
+            if self._channel is not None and ready():
                 return
-            else:
-                with trio.move_on_at(self._deadline()) as scope:
-                    await self._changed.park()
-                if scope.cancelled_caught:
-                    self._fail(self._overdue())
+            with trio.move_on_at(self._deadline()) as scope:
+                await self._changed.park()
+            if scope.cancelled_caught:
+                self._fail(self._overdue())
 
     def _deadline(self) -> float:
+        if self._channel is None:
+            return math.inf  # _recover has its own
         blocked_since = self._publisher.blocked_since
         if blocked_since is not None:
             return blocked_since + self._config.blocked_grace
+        if not self._outstanding:
+            return math.inf  # others hold the window, and each of them has a deadline
         return self._progress + self._config.confirm_timeout
 
     def _overdue(self) -> BrokerError:
@@ -363,44 +397,72 @@ class Publication:
         return ConfirmTimeout(f"the broker confirmed nothing for {seconds:g} s")
 
     async def _recover(self) -> None:
-        """The connection is lost: on the next one, publish again what is unconfirmed."""
-        down_since = self._publisher.down_since or trio.current_time()
-        with trio.move_on_at(down_since + self._config.reconnect_grace) as scope:
-            session, channel = await self._publisher.acquire()
-        if scope.cancelled_caught:
-            self._fail(self._lost())
+        """The connection is lost: on the next one, publish again what is unconfirmed.
+
+        A task of its own, because the upload may be waiting for its client, for long, and must
+        not keep its share of the window from others meanwhile.
+        """
+        assert self._lost_since is not None
+        with self._recovery:
+            try:
+                with trio.move_on_at(self._lost_since + self._config.reconnect_grace) as scope:
+                    self._publish_again(*await self._publisher.acquire())
+                if scope.cancelled_caught:
+                    self._fail(self._lost())
+            except BrokerError as exc:
+                self._fail(exc)
+        if self._failure is not None:
+            self._give_up()
+        self._changed.unpark_all()
+
+    def _publish_again(self, session: Session, channel: ConfirmChannel) -> None:
+        if self._closed:
+            session.release(channel)
             return
-        assert self._unknown is not None
-        unknown, self._unknown = self._unknown, None
         self.attach(session, channel)
         self._progress = trio.current_time()
-        for message in unknown:
-            channel.publish(message, mandatory=self._mandatory)
+        while self._unknown:
+            channel.publish(self._unknown[0], mandatory=self._mandatory)
+            del self._unknown[0]
 
     def _lost(self) -> BrokerError:
-        if self._commit_sent:
-            return OutcomeUnknown("the broker was lost before it confirmed the commit frame")
         seconds = self._config.reconnect_grace
         return BrokerUnavailable(f"the broker was lost and did not come back within {seconds:g} s")
 
     async def _abort_elsewhere(self, message: Message) -> None:
         """The upload's channel is gone: tell its abort on another one, if there is a broker."""
-        with trio.move_on_after(ABORT_TIMEOUT):
+        with trio.move_on_after(ABORT_TIMEOUT) as scope:
             try:
                 self.attach(*await self._publisher.acquire())
             except BrokerError as exc:
                 log.info("transfer %s: abort frame not sent: %s", self._transfer.id, exc)
                 return
             assert self._channel is not None
+            self._progress = trio.current_time()
             self._channel.publish(message, mandatory=False)
-            return
-        log.info("transfer %s: abort frame not sent: no connection", self._transfer.id)
+        if scope.cancelled_caught:
+            log.info("transfer %s: abort frame not sent: no connection", self._transfer.id)
+        else:
+            await self._see_off()
+
+    async def _see_off(self) -> None:
+        """After ``close``: have the broker settle what is outstanding, if need be by force.
+
+        Nobody waits for it any more, but it still takes room in the window.
+        """
+        while self._outstanding:
+            with trio.move_on_at(self._progress + self._config.confirm_timeout) as scope:
+                await self._changed.park()
+            if scope.cancelled_caught and self._channel is not None:
+                self._channel.close()
+                return
 
     # --- what the channel calls ----------------------------------------------------------------
 
     def on_settled(self, message: Message, outcome: Outcome) -> None:
         """Free the message's room; note what went wrong."""
         self._progress = trio.current_time()
+        self._lost_since = None
         self._free(message)
         if outcome is Outcome.NACKED:
             self._fail(QueueFull("the broker rejected a frame: the queue is full"))
@@ -413,11 +475,18 @@ class Publication:
     def on_channel_lost(self, unknown: list[Message], error: BrokerError) -> None:
         """Keep what is unconfirmed for the next connection, unless the broker refused it."""
         self._channel = None
-        self._unknown = unknown
+        self._unknown = unknown + self._unknown
         if isinstance(error, BrokerRefused):
             self._fail(error)
-        if self._closed:
+        elif self._commit_sent:
+            self._is_in_doubt = True
+        if self._closed or self._failure is not None:
             self._give_up()
+        else:
+            if self._lost_since is None:
+                self._lost_since = trio.current_time()
+            self._recovery = trio.CancelScope()
+            self._publisher.spawn(self._recover)
         self._changed.unpark_all()
 
     def on_blocked_changed(self) -> None:
@@ -426,12 +495,17 @@ class Publication:
         self._changed.unpark_all()
 
     def _fail(self, error: BrokerError) -> None:
+        if self._is_in_doubt and not isinstance(error, OutcomeUnknown):
+            # Whatever became of its second copy, the first may have been taken.
+            error = OutcomeUnknown(
+                f"the broker was lost before it confirmed the commit frame; then {error.detail}"
+            )
         if self._failure is None:
             self._failure = error
 
     def _give_up(self) -> None:
-        unknown, self._unknown = self._unknown, None
-        for message in unknown or ():
+        unknown, self._unknown = self._unknown, []
+        for message in unknown:
             self._free(message)
 
     def _free(self, message: Message) -> None:

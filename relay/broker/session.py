@@ -15,6 +15,7 @@ from pika.channel import Channel
 from pika.connection import Connection, Parameters
 from pika.frame import Method
 from pika.spec import Basic, BasicProperties
+from pika.spec import Connection as AmqpConnection
 
 from relay.broker.adapter import TrioConnection
 from relay.broker.marshal import HeaderMarshaller
@@ -108,7 +109,7 @@ class ConfirmChannel:
             self._channel.close()
 
     def on_confirm(self, frame: Method[Basic.Ack | Basic.Nack]) -> None:
-        """pika's callback for basic.nack, and for what acks the connection leaves to pika."""
+        """Take basic.nack, and what acks the connection leaves to pika; a callback of pika's."""
         method = frame.method
         acked = isinstance(method, Basic.Ack)
         self._settle(int(method.delivery_tag or 0), bool(method.multiple), acked=acked)
@@ -273,8 +274,11 @@ class Session:
         if reply.error is not None:
             raise reply.error
 
-    def _on_open(self, _connection: Connection) -> None:
-        self.opened.set()
+    def _on_open(self, connection: Connection) -> None:
+        if connection.publisher_confirms and connection.basic_nack:
+            self.opened.set()
+        else:
+            self.abort("the broker does not confirm what it takes")
 
     def _on_closed(self, _connection: Connection, reason: Exception) -> None:
         self.error = translate(reason)
@@ -282,11 +286,13 @@ class Session:
         self.closed.set()
         self.opened.set()
 
-    def _on_blocked(self, _connection: Connection, frame: Method) -> None:  # type: ignore[type-arg]
+    def _on_blocked(self, _connection: Connection, frame: Method[AmqpConnection.Blocked]) -> None:
         self.blocked_reason = str(getattr(frame.method, "reason", "") or "resource alarm")
         self.on_blocked_changed()
 
-    def _on_unblocked(self, _connection: Connection, _frame: Method) -> None:  # type: ignore[type-arg]
+    def _on_unblocked(
+        self, _connection: Connection, _frame: Method[AmqpConnection.Unblocked]
+    ) -> None:
         self.blocked_reason = None
         self.on_blocked_changed()
 
@@ -302,13 +308,13 @@ class _Reply:
         self.event.set()
 
     def fail(self, error: BrokerError) -> None:
-        if not self.event.is_set():
-            self.error = error
-            self.event.set()
+        # Even after the answer: both can come in one read, before the asking task has run.
+        self.error = self.error or error
+        self.event.set()
 
 
 def translate(reason: Exception) -> BrokerError:
-    """pika's exception as relay's: refused if the broker closed a channel, else unavailable."""
+    """Make pika's exception relay's: refused if the broker closed a channel, else unavailable."""
     if isinstance(reason, pika.exceptions.ChannelClosedByBroker):
         return BrokerRefused(f"the broker refused: {reason.reply_code} {reason.reply_text}")
     if isinstance(reason, pika.exceptions.NoFreeChannels):

@@ -1,12 +1,12 @@
 """The bytes that may be out at the broker and not yet confirmed: counted, bounded, fair.
 
-This is where backpressure begins: an upload that gets no room stops reading its socket. It knows
-nothing of frames or AMQP.
+This is where backpressure begins: an upload that gets no room stops reading its socket. Pure: it
+tells who waits, and leaves the waiting to them, because they have more than one thing to wait for.
+It knows nothing of frames or AMQP.
 """
 
 from collections import deque
-
-import trio
+from collections.abc import Callable
 
 
 class Window:
@@ -16,7 +16,7 @@ class Window:
         """``size`` in bytes; no single request may be larger."""
         self.size = size
         self._free = size
-        self._waiting: deque[_Waiter] = deque()
+        self._waiting: deque[Request] = deque()
 
     @property
     def taken(self) -> int:
@@ -25,46 +25,52 @@ class Window:
 
     @property
     def waiting(self) -> int:
-        """Number of tasks that wait for room."""
+        """Number of requests that wait for room."""
         return len(self._waiting)
 
-    async def acquire(self, size: int) -> None:
-        """Take ``size`` bytes, waiting behind whoever came before. Cancelled: nothing is taken.
+    def request(self, size: int, on_granted: Callable[[], object]) -> "Request":
+        """Ask for ``size`` bytes, behind whoever asked before.
 
-        A waiter is served only when it is first, however little it wants: a small frame that
-        could always slip in would starve the large one before it.
+        They are taken once ``granted``, possibly at once; ``on_granted`` is called if it happens
+        later. A request is served only when it is first, however little it wants: a small frame
+        that could always slip in would starve the large one before it.
         """
+        request = Request(size, on_granted)
         if not self._waiting and self._free >= size:
             self._free -= size
-            return
-        waiter = _Waiter(size)
-        self._waiting.append(waiter)
-        try:
-            await waiter.granted.wait()
-        except trio.Cancelled:
-            if waiter.granted.is_set():
-                self.release(size)
-            else:
-                self._waiting.remove(waiter)
-                self._serve()
-            raise
+            request.granted = True
+        else:
+            self._waiting.append(request)
+        return request
+
+    def withdraw(self, request: "Request") -> None:
+        """Take a request back, granted or not."""
+        if request.granted:
+            self.release(request.size)
+        else:
+            self._waiting.remove(request)
+            self._serve()
 
     def release(self, size: int) -> None:
-        """Give ``size`` bytes back. Synchronous: pika's callbacks call it."""
+        """Give ``size`` bytes back."""
         self._free += size
         assert self._free <= self.size, "released more than was taken"
         self._serve()
 
     def _serve(self) -> None:
         while self._waiting and self._free >= self._waiting[0].size:
-            waiter = self._waiting.popleft()
-            self._free -= waiter.size
-            waiter.granted.set()
+            request = self._waiting.popleft()
+            self._free -= request.size
+            request.granted = True
+            request.on_granted()
 
 
-class _Waiter:
-    __slots__ = ("granted", "size")
+class Request:
+    """Bytes asked of a window: ``granted``, or waiting for it."""
 
-    def __init__(self, size: int) -> None:
+    __slots__ = ("granted", "on_granted", "size")
+
+    def __init__(self, size: int, on_granted: Callable[[], object]) -> None:
         self.size = size
-        self.granted = trio.Event()
+        self.on_granted = on_granted
+        self.granted = False

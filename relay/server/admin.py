@@ -36,7 +36,7 @@ class AdminHandler:
         refusal: Callable[[], RelayError | None],
         metrics: Callable[[], Iterable[Metric]],
     ) -> None:
-        """``refusal`` tells why an upload would not be admitted; ``metrics`` is called per scrape."""
+        """``refusal``: why the broker would refuse an upload; ``metrics``: called per scrape."""
         self._config = config
         self._uploads = uploads
         self._refusal = refusal

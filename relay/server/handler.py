@@ -41,9 +41,7 @@ class Broker(Protocol):
     def refusal(self) -> RelayError | None:
         """Why an upload cannot be admitted now, or None."""
 
-    def open(
-        self, transfer: Transfer, route: RouteConfig
-    ) -> AbstractAsyncContextManager[Sink]:
+    def open(self, transfer: Transfer, route: RouteConfig) -> AbstractAsyncContextManager[Sink]:
         """A sink for one transfer."""
 
 
@@ -168,9 +166,7 @@ class UploadHandler:
             return data
 
         async with self._broker.open(transfer, route) as sink:
-            upload = Upload(
-                _parser(head, route), framer, sink, expected_digests=head.given_digests
-            )
+            upload = Upload(_parser(head, route), framer, sink, expected_digests=head.given_digests)
             try:
                 with record.scope:
                     await connection.send_continue()

@@ -10,7 +10,6 @@ import trio
 from relay.errors import ShuttingDown, TooManyUploads
 from relay.model import Transfer
 
-
 READ_SIZE_MIN: Final = 64 * 1024
 READ_SIZE_MAX: Final = 1024 * 1024
 READ_BUDGET: Final = 32 * 1024 * 1024
