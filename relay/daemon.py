@@ -119,6 +119,17 @@ class Daemon:
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value)
+        finished = CounterMetricFamily(
+            "relay_uploads_finished",
+            "Requests that ended, by result: committed, or an error's code.",
+            labels=["result"],
+        )
+        for result, number in self._uploads.finished.items():
+            finished.add_metric([result], number)
+        yield finished
+        yield CounterMetricFamily(
+            "relay_committed_bytes", "Bytes in committed uploads.", self._uploads.bytes_committed
+        )
         yield CounterMetricFamily(
             "relay_broker_connects", "Connections made to the broker.", publisher.connects
         )

@@ -180,7 +180,6 @@ class QueueFull(BrokerError):
 
     status = 507
     code = "queue-full"
-    retry_after = 30
 
 
 class DaemonError(RelayError):
@@ -200,7 +199,6 @@ class ShuttingDown(DaemonError):
     """The daemon is stopping and the time for uploads in progress has run out."""
 
     code = "shutting-down"
-    retry_after = 5
 
 
 class ClientGone(RelayError):

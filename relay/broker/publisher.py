@@ -339,10 +339,18 @@ class Publication:
     # --- publishing ----------------------------------------------------------------------------
 
     def attach(self, session: Session, channel: ConfirmChannel) -> None:
-        """Use ``channel`` from now on."""
+        """Use ``channel`` from now on.
+
+        Raises:
+            BrokerRefused: AMQP cannot express the route's address.
+        """
+        try:
+            channel.assign(self, self._address)
+        except BrokerRefused:
+            session.release(channel)
+            raise
         self._session = session
         self._channel = channel
-        channel.assign(self, self._address)
 
     async def _publish(self, message: Message, *, commit: bool = False) -> None:
         size = len(message.body)

@@ -76,27 +76,42 @@ class ConfirmChannel:
         return len(self._confirms)
 
     def assign(self, owner: ChannelOwner, address: Address) -> None:
-        """Give the channel to an upload, whose messages all go to ``address``."""
+        """Give the channel to an upload, whose messages all go to ``address``.
+
+        Raises:
+            BrokerRefused: AMQP cannot express the address. The channel keeps its owner.
+        """
         assert not self._confirms, "a channel changes hands with nothing outstanding"
-        self._owner = owner
         if address != self._address:
-            self._address = address
             self._header = HeaderMarshaller(self._channel.channel_number, address.delivery_mode)
-            self._method = {
-                mandatory: Method(
-                    self._channel.channel_number,
-                    Basic.Publish(
-                        exchange=address.exchange,
-                        routing_key=address.routing_key,
-                        mandatory=mandatory,
-                    ),
-                ).marshal()
-                for mandatory in (True, False)
-            }
+            try:
+                self._method = {
+                    mandatory: Method(
+                        self._channel.channel_number,
+                        Basic.Publish(
+                            exchange=address.exchange,
+                            routing_key=address.routing_key,
+                            mandatory=mandatory,
+                        ),
+                    ).marshal()
+                    for mandatory in (True, False)
+                }
+            except pika.exceptions.ShortStringTooLong as exc:
+                self._address = None
+                raise BrokerRefused("exchange or routing key is longer than 255 bytes") from exc
+            self._address = address
+        self._owner = owner
 
     def publish(self, message: Message, *, mandatory: bool) -> None:
-        """Book ``message`` under the next delivery tag and queue it to be written."""
+        """Book ``message`` under the next delivery tag and queue it to be written.
+
+        Raises:
+            BrokerRefused: its headers are too large to be sent. Nothing is booked.
+        """
         header = self._header.marshal(message)
+        if len(header) > self._connection.params.frame_max:
+            # The broker would end the connection over it, and every other upload with it.
+            raise BrokerRefused("the frame's headers are larger than the broker's frame_max")
         # Booked first: the confirm of a message can be back before the next line has run.
         self._confirms.register(message)
         self._connection.send_content(

@@ -50,6 +50,8 @@ is to come back on it is down."""
 _LOG_TAIL = 6000
 """Characters; what a failing start has to say comes before 4,000 of Erlang's crash reports."""
 
+_LARGE_FILES = "/var/tmp"  # noqa: S108 - only mkdtemp() creates anything in it
+
 _PACKAGED_SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 
 _CONFIG: Mapping[str, str] = {
@@ -64,7 +66,7 @@ _CONFIG: Mapping[str, str] = {
 # they are killed. A killed process may still be creating a file, hence more than one attempt.
 _GUARD = """
 while read -r line; do groups=$line; done
-for group in $groups; do kill -KILL -- "-$group"; done
+for group in $groups; do kill -s KILL -- "-$group"; done
 attempts=0
 until rm -rf -- "$1"; do
     attempts=$((attempts + 1))
@@ -112,11 +114,8 @@ class RabbitMQNode:
         self._epmd_path = _find_epmd()
         self.port, self._distribution_port, self._epmd_port = _free_ports(3)
         self.name = f"relay-{secrets.token_hex(6)}@localhost"
-        self.directory = Path(
-            tempfile.mkdtemp(
-                prefix="relay-rabbitmq-", dir=parent or os.environ.get("TMPDIR") or "/var/tmp"
-            )
-        )
+        parent = parent or Path(os.environ.get("TMPDIR") or _LARGE_FILES)
+        self.directory = Path(tempfile.mkdtemp(prefix="relay-rabbitmq-", dir=parent))
         self.log = self.directory / "node.log"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._guard, self._lifeline = _start_guard(self.directory)

@@ -79,6 +79,7 @@ class UploadHandler:
         except ClientError as exc:
             # Where the body ends is in doubt, or was never looked at.
             log.info("refused", extra=fields(peer=peer, status=exc.status, code=exc.code))
+            self._uploads.count(exc.code)
             await connection.respond(problem(exc), close=True)
             return False
         connection.begin_body(head.content_length)
@@ -111,6 +112,7 @@ class UploadHandler:
             seconds = trio.current_time() - began
             result = fields(**about, status=exc.status, code=exc.code, seconds=seconds)
             log.warning("upload failed: %s", exc.detail, extra=result)
+            self._uploads.count(exc.code)
             if isinstance(exc, ClientGone):
                 raise
             return problem(exc, transfer_id=transfer.id if has_begun else None)
@@ -118,6 +120,7 @@ class UploadHandler:
         totals = receipt.totals
         result = fields(**about, bytes=totals.bytes, frames=totals.frames, seconds=seconds)
         log.info("upload committed", extra=result)
+        self._uploads.count("committed", totals.bytes)
         return created(receipt)
 
     def _admit(self, head: RequestHead) -> RouteConfig:

@@ -1,5 +1,6 @@
 """The uploads in progress: how many may be, what each is doing, and their end at shutdown."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -47,6 +48,8 @@ class Uploads:
         self._empty = trio.lowlevel.ParkingLot()
         self._read_budget = READ_BUDGET
         self.draining = False
+        self.finished: Counter[str] = Counter()
+        self.bytes_committed = 0
 
     def __len__(self) -> int:
         return len(self._records)
@@ -87,6 +90,11 @@ class Uploads:
             self._records.discard(record)
             if not self._records:
                 self._empty.unpark_all()
+
+    def count(self, result: str, size: int = 0) -> None:
+        """Count an upload that ended: with an error's code, or ``committed`` with its bytes."""
+        self.finished[result] += 1
+        self.bytes_committed += size
 
     async def drain(self, timeout: float) -> None:
         """Admit no more, wait ``timeout`` seconds for those in progress, then cancel them."""
