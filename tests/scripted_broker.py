@@ -112,6 +112,12 @@ class ScriptedBroker:
         else:
             assert said.method is None, said.method
 
+    async def silence(self) -> None:
+        """Make sure that relay has nothing to say now, once all that could run has run."""
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(0.001):
+            raise AssertionError(await self.receive())
+
     async def wait_gone(self) -> None:
         """Read on until relay has closed the connection; what it says is of no interest."""
         try:
@@ -163,6 +169,11 @@ class ScriptedBroker:
     async def ack(self, *tags: int, multiple: bool = False, channel: int = 1) -> None:
         """Send a basic.ack for each tag, in that order."""
         await self.send(*(Basic.Ack(tag, multiple) for tag in tags), channel=channel)
+
+    async def confirm(self, *messages: Published) -> None:
+        """Ack each message, in that order."""
+        for message in messages:
+            await self.ack(message.tag, channel=message.channel)
 
     async def nack(self, *tags: int, multiple: bool = False, channel: int = 1) -> None:
         """Send a basic.nack for each tag, in that order."""
@@ -249,6 +260,20 @@ class ScriptedBroker:
             if isinstance(said, Said) and isinstance(said.method, Channel.CloseOk):
                 assert said.channel == channel
                 return
+
+    async def serve(self) -> None:
+        """Take everything and confirm it, until relay goes."""
+        try:
+            while True:
+                said = await self.receive()
+                if isinstance(said, Published):
+                    await self.confirm(said)
+                elif isinstance(said.method, Channel.Close):
+                    await self.send(Channel.CloseOk(), channel=said.channel)
+                else:
+                    await self._open(said)
+        except (RelayGone, trio.BrokenResourceError):
+            return
 
     async def accept_goodbye(self) -> None:
         """Answer relay's closing of its channels and of the connection."""

@@ -1,9 +1,10 @@
-"""Uploads to a publisher on a scripted network, as the server's handler makes them."""
+"""The publisher on a scripted network, and uploads to it as the server's handler makes them."""
 
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from relay.broker.publisher import Publication, Publisher
 from relay.config import AmqpConfig, RouteConfig
@@ -11,7 +12,7 @@ from relay.errors import RelayError
 from relay.model import Frame, PartHead, Transfer
 from relay.protocol.framing import Framer
 from relay.transfer import new_transfer_id
-from tests.scripted_broker import Network, Published
+from tests.scripted_broker import Network, Published, ScriptedBroker
 
 FRAME = 4096
 """Bytes of each frame, by default."""
@@ -20,24 +21,6 @@ ROUTE = RouteConfig(name="default", exchange="ex", routing_key="key")
 
 PATIENCE = 7200.0
 """Seconds of a mocked clock for a whole test: who waits longer waits for what never comes."""
-
-
-@asynccontextmanager
-async def running(
-    network: Network, *routes: RouteConfig, **config: float | tuple[str, ...]
-) -> AsyncGenerator[Publisher, None]:
-    """A publisher that runs for the length of the block, without heartbeats unless asked for.
-
-    ``config`` are keys of AmqpConfig.
-    """
-    amqp = AmqpConfig(**{"heartbeat": 0.0, **config})  # type: ignore[arg-type]
-    by_name = {route.name: route for route in routes or (ROUTE,)}
-    publisher = Publisher(amqp, by_name, connect=network.connect)
-    with trio.fail_after(PATIENCE):
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(publisher.run)
-            yield publisher
-            nursery.cancel_scope.cancel()
 
 
 def frames_of(transfer: Transfer, count: int, size: int = FRAME) -> list[Frame]:
@@ -52,13 +35,14 @@ def frames_of(transfer: Transfer, count: int, size: int = FRAME) -> list[Frame]:
 
 
 class Attempt:
-    """One upload; ``run`` it in a nursery.
+    """One upload. ``Relay.upload`` makes and runs it.
 
     Attributes:
         frames: all it consists of, the commit frame last.
         sent: how many the publication has taken.
         publication: None until it has one.
         scope: cancels it.
+        task: what runs it.
     """
 
     def __init__(
@@ -76,6 +60,7 @@ class Attempt:
         self.sent = 0
         self.publication: Publication | None = None
         self.scope = trio.CancelScope()
+        self.task: trio.lowlevel.Task | None = None
         self._publisher = publisher
         self._route = route
         self._pause_before = pause_before
@@ -86,6 +71,7 @@ class Attempt:
 
     async def run(self) -> None:
         """Upload. RelayErrors are kept for ``outcome``; what else is raised is a bug."""
+        self.task = trio.lowlevel.current_task()
         with self.scope:
             try:
                 async with self._publisher.open(self.transfer, self._route) as publication:
@@ -128,7 +114,61 @@ class Attempt:
 
     def is_of(self, message: Published) -> bool:
         """Whether a message belongs to this upload."""
-        return message.properties.correlation_id == self.transfer.id
+        return bool(message.properties.correlation_id == self.transfer.id)
+
+
+class Relay:
+    """What a test has in hand: the publisher, the network it is on, uploads to it."""
+
+    def __init__(self, publisher: Publisher, network: Network, nursery: trio.Nursery) -> None:
+        self.publisher = publisher
+        self._network = network
+        self._nursery = nursery
+
+    async def broker(self) -> ScriptedBroker:
+        """The next connection that the publisher makes, when both sides are ready."""
+        broker = await self._network.accept()
+        await broker.handshake()
+        await wait_all_tasks_blocked()
+        return broker
+
+    def attempt(
+        self,
+        count: int,
+        *,
+        size: int = FRAME,
+        route: RouteConfig = ROUTE,
+        pause_before: int | None = None,
+    ) -> Attempt:
+        """An upload, begun. The arguments are Attempt's."""
+        attempt = Attempt(
+            self.publisher, count, size=size, route=route, pause_before=pause_before
+        )
+        self._nursery.start_soon(attempt.run)
+        return attempt
+
+    def assert_nothing_is_held(self) -> None:
+        """When all uploads are over and all messages settled, nothing is left of them."""
+        assert self.publisher.window.taken == 0
+        assert self.publisher.window.waiting == 0
+
+
+@asynccontextmanager
+async def running(
+    network: Network, *routes: RouteConfig, **config: float | tuple[str, ...]
+) -> AsyncGenerator[Relay, None]:
+    """A publisher that runs for the length of the block, without heartbeats unless asked for.
+
+    ``config`` are keys of AmqpConfig.
+    """
+    amqp = AmqpConfig(**{"heartbeat": 0.0, **config})  # type: ignore[arg-type]
+    by_name = {route.name: route for route in routes or (ROUTE,)}
+    publisher = Publisher(amqp, by_name, connect=network.connect)
+    with trio.fail_after(PATIENCE):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(publisher.run)
+            yield Relay(publisher, network, nursery)
+            nursery.cancel_scope.cancel()
 
 
 def seqs(messages: list[Published]) -> list[int]:

@@ -196,5 +196,5 @@ class ConfirmsAndModel(RuleBasedStateMachine):
         assert len(self.confirms) == len(expected)
 
 
-ConfirmsAndModel.TestCase.settings = settings(max_examples=60, deadline=None)
+ConfirmsAndModel.TestCase.settings = settings(max_examples=60)
 TestEveryInterleaving = ConfirmsAndModel.TestCase

@@ -214,7 +214,6 @@ def test_bodies_of_real_clients_come_apart_wherever_they_are_cut(
 # --- contents ----------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=300), min_size=1, max_size=MAX_PARTS),
     st.lists(st.integers(0, 1500), max_size=12),
@@ -269,7 +268,6 @@ LOOK_ALIKES = st.lists(
 ).map(b"".join)
 
 
-@settings(deadline=None)
 @given(LOOK_ALIKES, st.lists(st.integers(0, 500), max_size=8))
 def test_contents_made_of_pieces_of_boundaries_survive(content: bytes, points: list[int]) -> None:
     if (content + DELIMITER).find(DELIMITER) < len(content):
@@ -538,7 +536,7 @@ def spoilt(draw: st.DrawFn) -> bytes:
     return bytes(data[: draw(st.none() | st.integers(0, len(data)))])
 
 
-@settings(deadline=None, max_examples=400)
+@settings(max_examples=400)
 @given(spoilt() | st.binary(max_size=200), st.lists(st.integers(0, 600), max_size=6))
 def test_any_body_is_events_or_the_clients_error_and_the_same_however_it_is_cut(
     body: bytes, points: Sequence[int]
@@ -552,7 +550,6 @@ def test_any_body_is_events_or_the_clients_error_and_the_same_however_it_is_cut(
     assert open_parts == 0 if whole.error is None else open_parts in {0, 1}
 
 
-@settings(deadline=None)
 @given(spoilt(), st.lists(st.integers(0, 600), max_size=6), st.integers(0, 30))
 @example(GOOD, [], 0)
 def test_limits_are_enforced_alike_however_a_body_is_cut(
@@ -571,7 +568,6 @@ def test_limits_are_enforced_alike_however_a_body_is_cut(
 RAW_HEAD = PartHead(filename="x.bin", content_type="image/png")
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(min_size=1, max_size=20), max_size=5))
 def test_a_raw_body_is_one_part_whatever_is_in_it(pieces: list[bytes]) -> None:
     parsed = parse(RawBody(RAW_HEAD), pieces)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.model import Frame, PartHead, PartTail, Receipt, Totals, Transfer
@@ -85,7 +85,6 @@ def castagnoli(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-@settings(deadline=None)
 @given(PARTS, st.lists(CUTS, min_size=1, max_size=5))
 def test_any_split_gives_the_same_frames(parts: list[bytes], cuts: list[list[int]]) -> None:
     whole = frames_of(parts)
@@ -111,7 +110,6 @@ def test_every_frame_is_full_but_the_last_of_a_part(size: int, sizes: list[int])
     assert [len(frame.body) for frame in frames] == [*sizes, 0, *sizes]
 
 
-@settings(deadline=None)
 @given(PARTS)
 def test_the_frames_of_a_part_are_the_part(parts: list[bytes]) -> None:
     bodies = [bytearray() for _ in parts]
@@ -121,7 +119,6 @@ def test_the_frames_of_a_part_are_the_part(parts: list[bytes]) -> None:
     assert bodies == parts
 
 
-@settings(deadline=None)
 @given(PARTS)
 def test_frames_are_numbered_without_gaps_and_parts_in_order(parts: list[bytes]) -> None:
     frames = frames_of(parts)
@@ -132,7 +129,6 @@ def test_frames_are_numbered_without_gaps_and_parts_in_order(parts: list[bytes])
     assert all(frame.transfer is TRANSFER for frame in frames)
 
 
-@settings(deadline=None)
 @given(PARTS)
 def test_a_part_is_described_where_it_begins_and_summed_up_where_it_ends(
     parts: list[bytes],
@@ -151,7 +147,6 @@ def test_a_part_is_described_where_it_begins_and_summed_up_where_it_ends(
         )
 
 
-@settings(deadline=None)
 @given(PARTS)
 def test_only_the_very_last_frame_commits(parts: list[bytes]) -> None:
     *others, last = frames_of(parts)
@@ -160,7 +155,6 @@ def test_only_the_very_last_frame_commits(parts: list[bytes]) -> None:
     assert last.tail is not None
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_each_frame_carries_its_own_crc32c(data: bytes) -> None:
     for frame in frames_of([data]):
@@ -193,7 +187,6 @@ def test_only_the_digests_asked_for_are_made_and_crc32c_always() -> None:
             assert tail.digest[name] == hashlib.new(name.replace("-", ""), data).hexdigest()
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=2 * N), max_size=6))
 def test_a_digest_made_frame_by_frame_is_the_parts(bodies: list[bytes]) -> None:
     digest = PartDigest(["sha-256", "sha-512"])
@@ -241,7 +234,6 @@ def test_the_framer_counts_what_it_has_cut_the_frame_held_back_included() -> Non
     assert (framer.frames, framer.size) == (2, N + 1)
 
 
-@settings(deadline=None)
 @given(PARTS)
 def test_the_receipt_is_the_sum_of_the_frames(parts: list[bytes]) -> None:
     run = new_run()

@@ -292,7 +292,6 @@ def test_an_abort_is_as_the_contract_says() -> None:
     assert decoded(properties, b"") == Abort(ID, 4, "client-gone")
 
 
-@settings(deadline=None)
 @given(frames())
 def test_each_header_is_on_the_frames_and_of_the_type_that_the_contract_says(frame: Frame) -> None:
     expected = dict(ON_EVERY_FRAME)
@@ -320,14 +319,12 @@ def test_longs_are_64_bits_on_the_wire_however_small() -> None:
         assert bytes([len(name)]) + name.encode() + b"I" in wire
 
 
-@settings(deadline=None)
 @given(frames())
 def test_what_was_encoded_is_decoded(frame: Frame) -> None:
     wire = on_the_wire(encode_frame(frame))
     assert decoded(received(wire), frame.body) == frame
 
 
-@settings(deadline=None)
 @given(st.lists(st.binary(max_size=20), min_size=1, max_size=3))
 def test_a_whole_transfer_survives_the_wire(parts: list[bytes]) -> None:
     framer = Framer(TRANSFER, frame_size=8, digests=["sha-256"])
@@ -464,7 +461,7 @@ values = st.recursive(
 keys = st.sampled_from([*TYPES, "reason", "unknown", b"\xff", ""])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.dictionaries(keys, values),
     st.sets(st.sampled_from(sorted(TYPES))),
@@ -498,7 +495,6 @@ def test_any_message_is_a_frame_an_abort_or_a_wire_error(
     assert transfer_id == correlation_id
 
 
-@settings(deadline=None)
 @given(values)
 def test_headers_that_are_no_table_are_not_relays(headers: Any) -> None:
     if not isinstance(headers, dict):
