@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
+    # The daemon writes no file, compiled modules included.
+    sys.dont_write_bytecode = True
     # Imported here: each command starts without what only the others need.
     from relay import daemon, logs
     from relay.server.listeners import ListenError
