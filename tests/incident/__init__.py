@@ -1,0 +1,1 @@
+"""The failure that relay was written for, reproduced beside relay."""
