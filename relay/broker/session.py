@@ -18,7 +18,7 @@ from pika.spec import Basic, BasicProperties
 from pika.spec import Connection as AmqpConnection
 
 from relay.broker.adapter import TrioConnection
-from relay.broker.marshal import HeaderMarshaller
+from relay.broker.content_header import HeaderMarshaller
 from relay.config import QueueConfig
 from relay.errors import BrokerError, BrokerRefused, BrokerUnavailable
 from relay.protocol.confirms import Confirms, Outcome, UnknownDeliveryTag
@@ -27,7 +27,7 @@ from relay.protocol.wire import Message
 log = logging.getLogger(__name__)
 
 RPC_TIMEOUT: Final = 15.0
-"""Seconds for the broker's answer to a synchronous method (channel.open, queue.declare …)."""
+"""Seconds for the broker to say anything while it owes the answer to a synchronous method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,12 +280,15 @@ class Session:
         return confirm_channel
 
     async def _wait(self, reply: "_Reply", doing: str) -> None:
-        with trio.move_on_after(RPC_TIMEOUT):
-            await reply.event.wait()
-        if not reply.event.is_set():
-            # A broker that does not answer this will not confirm either.
-            self.abort(f"no answer from the broker while {doing}")
-            raise BrokerUnavailable(f"no answer from the broker while {doing}")
+        while not reply.event.is_set():
+            received = self._connection.bytes_received
+            with trio.move_on_after(RPC_TIMEOUT):
+                await reply.event.wait()
+            # A slow broker comes to it when it has read what was published before, and confirms
+            # meanwhile. One that says nothing at all is as good as lost.
+            if not reply.event.is_set() and self._connection.bytes_received == received:
+                self.abort(f"no answer from the broker while {doing}")
+                raise BrokerUnavailable(f"no answer from the broker while {doing}")
         if reply.error is not None:
             raise reply.error
 

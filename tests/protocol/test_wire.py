@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pika.compat import long
 from pika.spec import BasicProperties
 
-from relay.broker.marshal import properties_of
+from relay.broker.content_header import properties_of
 from relay.model import Abort, Frame, PartHead, PartTail, Totals, Transfer
 from relay.protocol.framing import Framer
 from relay.protocol.wire import (

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pika.frame import Header
 
-from relay.broker.marshal import HeaderMarshaller, properties_of
+from relay.broker.content_header import HeaderMarshaller, properties_of
 from relay.model import Frame, PartHead, PartTail, Totals, Transfer
 from relay.protocol.wire import Message, encode_abort, encode_frame
 
