@@ -108,6 +108,7 @@ class Daemon:
 
     def _metrics(self) -> Iterator[Metric]:
         publisher = self._publisher
+        loop = trio.lowlevel.current_statistics()
         up = GaugeMetricFamily("relay_broker_up", "1 if uploads would be admitted by the broker.")
         up.add_metric([], publisher.refusal() is None)
         yield up
@@ -116,6 +117,7 @@ class Daemon:
             ("relay_window_bytes", "Bytes published and unconfirmed.", publisher.window.taken),
             ("relay_window_waiting", "Uploads waiting for window.", publisher.window.waiting),
             ("relay_write_queue_bytes", "Bytes not yet written to the broker.", publisher.queued),
+            ("relay_tasks", "Tasks of the event loop.", loop.tasks_living),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value)

@@ -55,15 +55,19 @@ class Upload:
             RelayError: from the body, its parser or the sink.
             DigestMismatch: the body is not what its sender digested.
         """
-        send = self._sink.send
         while data := await receive():
-            for frame in self._frames(self._parser.feed(data)):
-                await send(frame)
-        for frame in self._frames(self._parser.finish()):
-            await send(frame)
+            await self._send(self._parser.feed(data))
+            # A slow client must not cost a read buffer while it is waited for.
+            del data
+        await self._send(self._parser.finish())
         commit, receipt = self._framer.finish()
         await self._sink.commit(commit)
         return receipt
+
+    async def _send(self, events: Iterator[Event]) -> None:
+        send = self._sink.send
+        for frame in self._frames(events):
+            await send(frame)
 
     def _frames(self, events: Iterator[Event]) -> Iterator[Frame]:
         framer = self._framer

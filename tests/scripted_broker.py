@@ -7,7 +7,8 @@ one for each connection that relay opens.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -19,21 +20,45 @@ from pika.spec import Basic, BasicProperties, Channel, Confirm, Connection, Queu
 
 from tests.queue_reader import Delivered
 
+MOCKED_PATIENCE = 7200.0
+REAL_PATIENCE = 60.0
+"""Seconds for a whole test: who waits longer waits for what never comes."""
+
 AnyMethod = TypeVar("AnyMethod", bound=Method)
 StreamPair = tuple[trio.abc.Stream, trio.abc.Stream]
+
+
+def patience() -> AbstractContextManager[trio.CancelScope]:
+    """Has a test fail that would hang; hours of a mocked clock cost nothing."""
+    is_mocked = isinstance(trio.lowlevel.current_clock(), trio.testing.MockClock)
+    return trio.fail_after(MOCKED_PATIENCE if is_mocked else REAL_PATIENCE)
 
 
 class RelayGone(Exception):
     """Relay has closed the connection."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Published(Delivered):
     """A message as relay published it, with the delivery tag that its channel has come to."""
 
     channel: int
     tag: int
     method: Basic.Publish
+
+    def __repr__(self) -> str:
+        headers = self.properties.headers
+        return f"<{self.channel}/{self.tag} {self.properties.type} {headers} {len(self.body)} B>"
+
+    @property
+    def correlation_id(self) -> str:
+        """The transfer's id."""
+        return str(self.properties.correlation_id)
+
+    @property
+    def seq(self) -> int:
+        """The header of that name."""
+        return int((self.properties.headers or {})["seq"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +76,7 @@ class ScriptedBroker:
         address: host and port that relay asked for.
         body_sizes: payload sizes of the AMQP body frames received, in order.
         heartbeats: heartbeat frames received.
+        channels: confirm channels that ``published`` and ``serve`` have opened and not closed.
     """
 
     def __init__(
@@ -64,6 +90,7 @@ class ScriptedBroker:
         self.address = address
         self.body_sizes: list[int] = []
         self.heartbeats = 0
+        self.channels: set[int] = set()
         self._stream = stream
         self._frame_max = frame_max
         self._channel_max = channel_max
@@ -108,6 +135,7 @@ class ScriptedBroker:
             self._tags[said.channel] = 0
             await self.send(Channel.OpenOk(), channel=said.channel)
         elif isinstance(said.method, Confirm.Select):
+            self.channels.add(said.channel)
             await self.send(Confirm.SelectOk(), channel=said.channel)
         else:
             assert said.method is None, said.method
@@ -134,7 +162,7 @@ class ScriptedBroker:
                 return frame
             try:
                 data = await self._stream.receive_some()
-            except trio.BrokenResourceError as exc:
+            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 raise RelayGone from exc
             if not data:
                 raise RelayGone
@@ -242,13 +270,18 @@ class ScriptedBroker:
         await self.send(Confirm.SelectOk(), channel=channel)
         return channel
 
+    async def accept_close(self) -> int:
+        """Answer relay's closing of a channel; returns its number."""
+        channel, _ = await self.expect(Channel.Close)
+        await self.send(Channel.CloseOk(), channel=channel)
+        return channel
+
     async def accept_declare(self) -> Queue.Declare:
         """Answer the declaration of a queue, on a channel of its own."""
         channel = await self.accept_open()
         _, declare = await self.expect(Queue.Declare)
         await self.send(Queue.DeclareOk(declare.queue, 0, 0), channel=channel)
-        await self.expect(Channel.Close)
-        await self.send(Channel.CloseOk(), channel=channel)
+        await self.accept_close()
         return declare
 
     async def close_channel(self, channel: int, code: int, text: str) -> None:
@@ -261,15 +294,16 @@ class ScriptedBroker:
                 assert said.channel == channel
                 return
 
-    async def serve(self) -> None:
-        """Take everything and confirm it, until relay goes."""
+    async def serve(self, take: Callable[[Published], Awaitable[None]] | None = None) -> None:
+        """Open and close channels as relay asks, and ``take`` or confirm all, until it goes."""
         try:
             while True:
                 said = await self.receive()
                 if isinstance(said, Published):
-                    await self.confirm(said)
+                    await (take or self.confirm)(said)
                 elif isinstance(said.method, Channel.Close):
                     await self.send(Channel.CloseOk(), channel=said.channel)
+                    self.channels.discard(said.channel)
                 else:
                     await self._open(said)
         except (RelayGone, trio.BrokenResourceError):
@@ -297,13 +331,14 @@ class Network:
     def __init__(
         self,
         stream_pair: Callable[[], StreamPair] = trio.testing.memory_stream_pair,
-        **broker: int,
+        *,
+        frame_max: int = 131072,
     ) -> None:
-        """``broker`` is passed to each ScriptedBroker."""
+        """``frame_max`` is each ScriptedBroker's."""
         self.attempts: list[tuple[float, str, int]] = []
         self.is_down = False
         self._stream_pair = stream_pair
-        self._broker = broker
+        self._frame_max = frame_max
         self._send, self._receive = trio.open_memory_channel[ScriptedBroker](math.inf)
 
     async def connect(self, host: str, port: int) -> trio.abc.Stream:
@@ -313,7 +348,7 @@ class Network:
         if self.is_down:
             raise ConnectionRefusedError("nobody listens")
         ours, theirs = self._stream_pair()
-        self._send.send_nowait(ScriptedBroker(theirs, (host, port), **self._broker))
+        self._send.send_nowait(ScriptedBroker(theirs, (host, port), frame_max=self._frame_max))
         return ours
 
     async def accept(self) -> ScriptedBroker:

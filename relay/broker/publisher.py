@@ -16,6 +16,7 @@ import math
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 import pika
@@ -36,15 +37,23 @@ from relay.errors import (
 )
 from relay.model import Frame, Transfer
 from relay.protocol.confirms import Outcome
-from relay.protocol.wire import Message, encode_abort, encode_frame
+from relay.protocol.wire import TYPE_ABORT, Message, encode_abort, encode_frame
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds for name resolution and the TCP handshake."""
 
-CHANNEL_TIMEOUT: Final = 15.0
-"""Seconds in which a new upload gets its channel."""
+DECLARE_TIMEOUT: Final = 30.0
+"""Seconds for the AMQP handshake and the routes' queues."""
+
+CHANNEL_TIMEOUT: Final = 20.0
+"""Seconds in which a new upload gets its channel: more than a silent connection is kept for."""
+
+MESSAGE_COST: Final = 2048
+CHARACTER_COST: Final = 5
+"""Bytes that a message takes beside its body, and for each character of its headers: in memory as
+text (up to 4) and marshalled."""
 
 ABORT_TIMEOUT: Final = 15.0
 """Seconds in which a failed upload's abort frame finds a channel, if its own is closed."""
@@ -146,7 +155,7 @@ class Publisher:
         with trio.move_on_after(CHANNEL_TIMEOUT) as scope:
             publication.attach(*await self.acquire())
         if scope.cancelled_caught:
-            raise BrokerUnavailable("the broker was lost while a channel was being opened")
+            raise BrokerUnavailable(f"no channel to the broker within {CHANNEL_TIMEOUT:g} s")
         self._publications.add(publication)
         try:
             yield publication
@@ -187,17 +196,19 @@ class Publisher:
             with trio.fail_after(CONNECT_TIMEOUT):
                 stream = await self._connect(parameters.host, parameters.port)
         except (OSError, trio.TooSlowError) as exc:
-            self._down(BrokerUnavailable(f"cannot connect to the broker: {exc}"), parameters)
+            reason = str(exc) or f"no answer within {CONNECT_TIMEOUT:g} s"
+            self._down(BrokerUnavailable(f"cannot connect to the broker: {reason}"), parameters)
             return
         session = Session(parameters, stream)
         session.on_blocked_changed = self._on_blocked_changed
         async with trio.open_nursery() as nursery:
             nursery.start_soon(session.run)
             try:
-                await session.wait_open()
-                await self._declare(session)
-            except BrokerUnavailable as exc:
-                session.abort(str(exc))
+                with trio.fail_after(DECLARE_TIMEOUT):
+                    await session.wait_open()
+                    await self._declare(session)
+            except (BrokerUnavailable, trio.TooSlowError) as exc:
+                session.abort(str(exc) or f"queues not declared within {DECLARE_TIMEOUT:g} s")
             else:
                 self._up(session, parameters)
             await session.closed.wait()
@@ -284,12 +295,18 @@ class Publication:
         self._lost_since: float | None = None
         self._is_in_doubt = False
         self._progress = trio.current_time()
+        self._abort_deadline = math.inf
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
     def unconfirmed(self) -> int:
         """Bytes published and not yet confirmed."""
         return self._unconfirmed
+
+    @property
+    def may_be_committed(self) -> bool:
+        """Whether the commit frame is out, so that no abort frame can be true any more."""
+        return self._commit_sent
 
     # --- what the upload calls -----------------------------------------------------------------
 
@@ -320,12 +337,13 @@ class Publication:
         if not self._published or self._commit_sent:
             return
         message = encode_abort(self._transfer, self._published, reason)
+        self._abort_deadline = trio.current_time() + ABORT_TIMEOUT
         if self._channel is not None and self._channel.is_open:
             if not self._outstanding:
                 self._progress = trio.current_time()
             self._channel.publish(message, mandatory=False)
         else:
-            self._publisher.spawn(lambda: self._abort_elsewhere(message))
+            self._publisher.spawn(partial(self._abort_elsewhere, message))
 
     def close(self) -> None:
         """Give the channel back as soon as all that was published on it is settled."""
@@ -353,7 +371,7 @@ class Publication:
         self._channel = channel
 
     async def _publish(self, message: Message, *, commit: bool = False) -> None:
-        size = len(message.body)
+        size = self._room(message)
         await self._until(lambda: self._unconfirmed + size <= self._config.upload_window)
         window = self._publisher.window
         request = window.request(size, self._changed.unpark_all)
@@ -439,7 +457,7 @@ class Publication:
 
     async def _abort_elsewhere(self, message: Message) -> None:
         """The upload's channel is gone: tell its abort on another one, if there is a broker."""
-        with trio.move_on_after(ABORT_TIMEOUT) as scope:
+        with trio.move_on_at(self._abort_deadline) as scope:
             try:
                 self.attach(*await self._publisher.acquire())
             except BrokerError as exc:
@@ -452,6 +470,11 @@ class Publication:
             log.info("transfer %s: abort frame not sent: no connection", self._transfer.id)
         else:
             await self._see_off()
+
+    def _abort_again(self, unknown: list[Message]) -> None:
+        for message in unknown:
+            if message.type == TYPE_ABORT:
+                self._publisher.spawn(partial(self._abort_elsewhere, message))
 
     async def _see_off(self) -> None:
         """After ``close``: have the broker settle what is outstanding, if need be by force.
@@ -490,6 +513,8 @@ class Publication:
             self._is_in_doubt = True
         if self._closed or self._failure is not None:
             self._give_up()
+            if not isinstance(error, BrokerRefused):
+                self._abort_again(unknown)
         else:
             if self._lost_since is None:
                 self._lost_since = trio.current_time()
@@ -516,8 +541,20 @@ class Publication:
         for message in unknown:
             self._free(message)
 
+    def _room(self, message: Message) -> int:
+        """Bytes of the windows that the message takes while it is unconfirmed.
+
+        A part may be empty and its names long: counted by bodies alone, a form of many such parts
+        would have the windows to itself and never fill them.
+        """
+        if message.type == TYPE_ABORT:
+            return 0
+        text = sum(len(value) for value in message.headers.values() if isinstance(value, str))
+        size = max(len(message.body), MESSAGE_COST + CHARACTER_COST * text)
+        return min(size, self._config.upload_window)
+
     def _free(self, message: Message) -> None:
-        size = len(message.body)
+        size = self._room(message)
         self._unconfirmed -= size
         self._publisher.window.release(size)
 

@@ -21,6 +21,8 @@ EPILOGUE_LIMIT: Final = 16
 
 _CONTROL = re.compile(rb"[\r\n\0]")
 
+_USED_HEADERS = frozenset({"Content-Disposition", "Content-Type"})
+
 
 class PartEnd(Enum):
     """The event that ends a part."""
@@ -226,6 +228,9 @@ class _Parser(multipart.PushMultipartParser):
             super()._on_segment_headerline(line)
         except multipart.MultipartError as exc:
             raise BadMultipart(f"malformed multipart body: {exc}") from exc
+        # Thousands of headers fit into the limit, and each would cost far more than its bytes.
+        if self._segment_headerlist[-1][0] not in _USED_HEADERS:
+            self._segment_headerlist.pop()
 
     def _create_segment(self, headerlist: list[tuple[str, str]]) -> multipart.MultipartSegment:
         segment = multipart.MultipartSegment([])

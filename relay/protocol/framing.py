@@ -28,6 +28,10 @@ ALGORITHMS: Final[Mapping[str, Callable[[], _Hash]]] = {
 }
 """Digests that may be asked for, by their names in the HTTP registry (RFC 9530, section 5)."""
 
+RECEIPT_TEXT: Final = 16 * 1024
+"""Characters of names and types in a receipt. It is kept until the upload ends, and each of the
+parts it lists may have names of some KiB."""
+
 
 def crc32c(data: bytes) -> int:
     """CRC-32C (Castagnoli, RFC 3720 appendix B.4) of ``data`` as an unsigned 32-bit integer."""
@@ -75,7 +79,8 @@ class Framer:
     ) -> None:
         """Frames of ``frame_size`` bytes; ``digests`` beside crc32c, keys of ALGORITHMS.
 
-        The receipt lists the first ``receipt_parts`` parts and counts the rest.
+        The receipt lists the first ``receipt_parts`` parts, fewer if their names are longer than
+        RECEIPT_TEXT together, and counts the rest.
         """
         self.transfer = transfer
         self._frame_size = frame_size
@@ -85,6 +90,7 @@ class Framer:
         self._size = 0
         self._parts = 0
         self._receipts: list[PartReceipt] = []
+        self._receipt_text = RECEIPT_TEXT
         # Of the part in progress:
         self._carry = bytearray()
         self._head: PartHead | None = None
@@ -139,9 +145,7 @@ class Framer:
         receipt = PartReceipt(
             part=self._parts, head=head, tail=self._held.tail, frames=self._seq - self._first_seq
         )
-        self._parts += 1
-        if len(self._receipts) < self._receipt_parts:
-            self._receipts.append(receipt)
+        self._list(receipt)
         return receipt
 
     def finish(self) -> tuple[Frame, Receipt]:
@@ -170,6 +174,15 @@ class Framer:
             parts=parts,
             parts_omitted=self._parts - len(parts),
         )
+
+    def _list(self, receipt: PartReceipt) -> None:
+        head = receipt.head
+        texts = (head.name, head.filename, head.content_type)
+        self._receipt_text -= sum(len(text) for text in texts if text)
+        # Once one was left out, all that follow are: a receipt lists the first parts.
+        if self._receipt_text >= 0 and self._parts < self._receipt_parts:
+            self._receipts.append(receipt)
+        self._parts += 1
 
     def _cut(self, body: bytes, *, last: bool = False) -> Frame:
         crc = google_crc32c.value(body)

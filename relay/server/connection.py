@@ -24,6 +24,9 @@ from relay.server.responses import Response
 READ_SIZE: Final = 64 * 1024
 """Bytes asked of the socket at once, unless the reader of a body asks for more."""
 
+HEAD_READ_SIZE: Final = 16 * 1024
+"""Likewise while a head is read: what connections may hold that are not admitted as uploads."""
+
 LINGER_TIMEOUT: Final = 10.0
 LINGER_IDLE: Final = 2.0
 """Seconds for which, in all and without a byte, input is discarded after a last response."""
@@ -39,6 +42,7 @@ class HttpConnection:
         self._config = config
         self._h11 = h11.Connection(h11.SERVER)
         self._unread = b""
+        self._head = b""
         self._is_first = True
         self._is_head = False
         # Of the body in progress:
@@ -71,17 +75,13 @@ class HttpConnection:
                 deadline = trio.current_time() + self._config.header_timeout
         raw = check_head(reader.head, max_headers=self._config.max_headers)
         self._is_head = raw.method == b"HEAD"
-        self._h11.receive_data(reader.head)
-        try:
-            self._h11.next_event()
-        except h11.RemoteProtocolError as exc:
-            raise BadRequest(f"malformed request: {exc}") from exc
+        self._head = reader.head
         return raw
 
     async def _read_head(self, reader: HeadReader, deadline: float) -> bool:
         """Fill ``_unread``; False if the client ended or sat out the time between requests."""
         with trio.move_on_at(deadline) as scope:
-            self._unread = await self._receive_some(READ_SIZE)
+            self._unread = await self._receive_some(HEAD_READ_SIZE)
         if scope.cancelled_caught:
             if reader.started:
                 raise TooSlow("the request's headers took too long")
@@ -93,7 +93,18 @@ class HttpConnection:
     # --- the body ------------------------------------------------------------------------------
 
     def begin_body(self, content_length: int | None) -> None:
-        """Prepare ``receive`` for a body of that many bytes, or a chunked one (None)."""
+        """Prepare ``receive`` for a body of that many bytes, or a chunked one (None).
+
+        Raises:
+            BadRequest: h11 finds something wrong with the head.
+        """
+        # Not before its user has understood the head, whose errors are more precise than h11's.
+        self._h11.receive_data(self._head)
+        self._head = b""
+        try:
+            self._h11.next_event()
+        except h11.RemoteProtocolError as exc:
+            raise BadRequest(f"malformed request: {exc}") from exc
         self._waited = 0.0
         self._received = 0
         self._left = content_length or 0
@@ -146,6 +157,7 @@ class HttpConnection:
     async def _read_body(self, max_bytes: int) -> bytes:
         if self._unread:
             data, self._unread = self._unread, b""
+            self._received += len(data)
             return data
         config = self._config
         began = trio.current_time()
@@ -220,13 +232,16 @@ class HttpConnection:
         Closing with unread input makes the kernel send a reset, which can reach the client before
         the response and erase it.
         """
+        # Nothing is kept while it lasts: a client that is not served must not cost a read buffer.
+        self._unread = b""
+        self._h11 = h11.Connection(h11.SERVER)
         with trio.move_on_after(LINGER_TIMEOUT):
             try:
                 await self._stream.send_eof()
-                while True:
-                    with trio.move_on_after(LINGER_IDLE) as idle:
-                        data = await self._stream.receive_some(READ_SIZE)
-                    if idle.cancelled_caught or not data:
-                        return
+                goes_on = True
+                while goes_on:
+                    goes_on = False
+                    with trio.move_on_after(LINGER_IDLE):
+                        goes_on = bool(await self._stream.receive_some(READ_SIZE))
             except trio.BrokenResourceError:
                 return

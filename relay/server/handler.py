@@ -14,7 +14,15 @@ from typing import Protocol
 import trio
 
 from relay.config import HttpConfig, RouteConfig
-from relay.errors import ClientError, ClientGone, NotFound, RelayError, ShuttingDown, TooLarge
+from relay.errors import (
+    ClientError,
+    ClientGone,
+    NotFound,
+    OutcomeUnknown,
+    RelayError,
+    ShuttingDown,
+    TooLarge,
+)
 from relay.logs import fields
 from relay.model import Receipt, Transfer
 from relay.protocol.form_data import BodyParser, FormData, RawBody
@@ -30,6 +38,10 @@ log = logging.getLogger(__name__)
 
 class Sink(FrameSink, Protocol):
     """A frame sink that can tell consumers of a failure."""
+
+    @property
+    def may_be_committed(self) -> bool:
+        """Whether the commit frame is out, so that no abort frame can be true any more."""
 
     def abort(self, reason: str) -> None:
         """Publish an abort frame, if frames were published. Must not block."""
@@ -71,18 +83,22 @@ class UploadHandler:
 
     async def _serve_request(self, connection: HttpConnection, peer: str) -> bool:
         """Answer one request. Returns whether another can follow on this connection."""
+        refusal = None
         try:
             raw = await connection.next_head()
             if raw is None:
                 return False
             head = parse_request(*raw)
+            connection.begin_body(head.content_length)
         except ClientError as exc:
-            # Where the body ends is in doubt, or was never looked at.
             log.info("refused", extra=fields(peer=peer, status=exc.status, code=exc.code))
             self._uploads.count(exc.code)
-            await connection.respond(problem(exc), close=True)
+            refusal = problem(exc)
+        if refusal is not None:
+            # Where the body ends is in doubt, or was never looked at. The exception is gone by now:
+            # its traceback would keep what was read for as long as the connection lingers.
+            await connection.respond(refusal, close=True)
             return False
-        connection.begin_body(head.content_length)
         response = await self._upload(connection, head, peer)
         keep = head.keep_alive and connection.body_read and not self._uploads.draining
         await connection.respond(response, close=not keep)
@@ -168,16 +184,25 @@ class UploadHandler:
                 raise TooLarge(f"the route takes at most {route.max_bytes} bytes")
             return data
 
-        async with self._broker.open(transfer, route) as sink:
-            upload = Upload(_parser(head, route), framer, sink, expected_digests=head.given_digests)
-            try:
-                with record.scope:
+        may_be_committed = False
+        with record.scope:
+            async with self._broker.open(transfer, route) as sink:
+                parser = _parser(head, route)
+                upload = Upload(parser, framer, sink, expected_digests=head.given_digests)
+                try:
                     await connection.send_continue()
                     return await upload.run(receive)
-                raise ShuttingDown("the daemon is stopping and the upload took too long")
-            except BaseException as exc:
-                sink.abort(_reason(exc))
-                raise
+                except BaseException as exc:
+                    sink.abort(_reason(exc))
+                    may_be_committed = sink.may_be_committed
+                    raise
+        raise _ended_by_drain(may_be_committed)
+
+
+def _ended_by_drain(may_be_committed: bool) -> RelayError:
+    if may_be_committed:
+        return OutcomeUnknown("the daemon is stopping and the commit frame is not confirmed yet")
+    return ShuttingDown("the daemon is stopping and the upload took too long")
 
 
 def _reason(exc: BaseException) -> str:

@@ -4,6 +4,7 @@ Accepts nothing while the limit is reached: further clients wait in the kernel's
 they cost the daemon nothing.
 """
 
+import errno
 import logging
 import os
 import socket
@@ -44,10 +45,12 @@ async def open_listeners(addresses: Sequence[str]) -> list[trio.SocketListener]:
                 listeners += await trio.open_tcp_listeners(
                     int(port), host=host.strip("[]"), backlog=BACKLOG
                 )
-        except OSError as exc:
+        # UnicodeError: a host name that cannot be one (IDNA).
+        except (OSError, UnicodeError) as exc:
             for listener in listeners:
                 await listener.aclose()
-            reason = os.strerror(exc.errno) if exc.errno and exc.errno > 0 else str(exc)
+            number = exc.errno if isinstance(exc, OSError) else None
+            reason = os.strerror(number) if number and number > 0 else str(exc)
             raise ListenError(f"cannot listen on {address}: {reason}") from exc
     return listeners
 
@@ -56,7 +59,9 @@ def _open_unix(path: str) -> trio.SocketListener:
     # A socket file outlives the process that made it. Only a dead one may be replaced.
     if Path(path).exists() and stat.S_ISSOCK(Path(path).stat().st_mode):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-            if probe.connect_ex(path) != 0:
+            # A live one may refuse in other ways: no permission, another type, a full backlog.
+            probe.setblocking(False)
+            if probe.connect_ex(path) == errno.ECONNREFUSED:
                 Path(path).unlink()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -12,15 +12,12 @@ from relay.errors import RelayError
 from relay.model import Frame, PartHead, Transfer
 from relay.protocol.framing import Framer
 from relay.transfer import new_transfer_id
-from tests.scripted_broker import Network, Published, ScriptedBroker
+from tests.scripted_broker import Network, Published, ScriptedBroker, patience
 
 FRAME = 4096
 """Bytes of each frame, by default."""
 
 ROUTE = RouteConfig(name="default", exchange="ex", routing_key="key")
-
-PATIENCE = 7200.0
-"""Seconds of a mocked clock for a whole test: who waits longer waits for what never comes."""
 
 
 def frames_of(transfer: Transfer, count: int, size: int = FRAME) -> list[Frame]:
@@ -72,14 +69,15 @@ class Attempt:
     async def run(self) -> None:
         """Upload. RelayErrors are kept for ``outcome``; what else is raised is a bug."""
         self.task = trio.lowlevel.current_task()
-        with self.scope:
-            try:
+        try:
+            with self.scope:
                 async with self._publisher.open(self.transfer, self._route) as publication:
                     self.publication = publication
                     await self._send_all(publication)
-            except RelayError as exc:
-                self._error = exc
-        self._over.set()
+        except RelayError as exc:
+            self._error = exc
+        finally:
+            self._over.set()
 
     async def _send_all(self, publication: Publication) -> None:
         try:
@@ -114,7 +112,7 @@ class Attempt:
 
     def is_of(self, message: Published) -> bool:
         """Whether a message belongs to this upload."""
-        return bool(message.properties.correlation_id == self.transfer.id)
+        return message.correlation_id == self.transfer.id
 
 
 class Relay:
@@ -122,8 +120,9 @@ class Relay:
 
     def __init__(self, publisher: Publisher, network: Network, nursery: trio.Nursery) -> None:
         self.publisher = publisher
+        self.nursery = nursery
+        self.attempts: list[Attempt] = []
         self._network = network
-        self._nursery = nursery
 
     async def broker(self) -> ScriptedBroker:
         """The next connection that the publisher makes, when both sides are ready."""
@@ -141,10 +140,9 @@ class Relay:
         pause_before: int | None = None,
     ) -> Attempt:
         """An upload, begun. The arguments are Attempt's."""
-        attempt = Attempt(
-            self.publisher, count, size=size, route=route, pause_before=pause_before
-        )
-        self._nursery.start_soon(attempt.run)
+        attempt = Attempt(self.publisher, count, size=size, route=route, pause_before=pause_before)
+        self.attempts.append(attempt)
+        self.nursery.start_soon(attempt.run)
         return attempt
 
     def assert_nothing_is_held(self) -> None:
@@ -164,7 +162,7 @@ async def running(
     amqp = AmqpConfig(**{"heartbeat": 0.0, **config})  # type: ignore[arg-type]
     by_name = {route.name: route for route in routes or (ROUTE,)}
     publisher = Publisher(amqp, by_name, connect=network.connect)
-    with trio.fail_after(PATIENCE):
+    with patience():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(publisher.run)
             yield Relay(publisher, network, nursery)
@@ -173,4 +171,4 @@ async def running(
 
 def seqs(messages: list[Published]) -> list[int]:
     """The ``seq`` of each message."""
-    return [int((message.properties.headers or {})["seq"]) for message in messages]
+    return [message.seq for message in messages]

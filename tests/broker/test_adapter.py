@@ -3,7 +3,7 @@ import socket
 import struct
 import tracemalloc
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pika
 import pika.exceptions
@@ -16,7 +16,7 @@ from pika import spec
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
 from relay.broker.adapter import TrioConnection
-from tests.scripted_broker import Published, RelayGone, ScriptedBroker
+from tests.scripted_broker import Published, RelayGone, ScriptedBroker, patience
 
 FRAME_MAX = 4096
 BODY_MAX = FRAME_MAX - 8  # frame header (7) and end (1)
@@ -65,7 +65,7 @@ def line(*, heartbeat: int = 0, frame_max: int = FRAME_MAX) -> Line:
 @asynccontextmanager
 async def opened(under_test: Line) -> AsyncGenerator[Line, None]:
     """Runs a connection, past its handshake, for the length of the block."""
-    with trio.fail_after(3600):
+    with patience():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(under_test.connection.run)
             await under_test.broker.handshake()
@@ -217,7 +217,7 @@ async def test_acks_are_the_same_however_their_bytes_are_cut() -> None:
         assert seen == expected
 
 
-def told_of_ack(seen: list[object]) -> Callable[[amqp.Method], None]:
+def told_of_ack(seen: list[object]) -> Callable[[amqp.Method[spec.Basic.Ack]], None]:
     """A callback as the session registers it with pika, for acks that come in pieces."""
     return lambda frame: seen.append((frame.method.delivery_tag, frame.method.multiple))
 
@@ -333,10 +333,8 @@ async def speak_nonsense(data: bytes, *, is_open: bool) -> None:
             await wait_all_tasks_blocked()
             await it.open_channel()
         # It may have gone after the first bytes.
-        try:
+        with suppress(trio.BrokenResourceError):
             await it.broker.send_bytes(data)
-        except trio.BrokenResourceError:
-            pass
         await wait_all_tasks_blocked()
         await it.broker.cut()
     assert len(it.ends) == 1

@@ -25,16 +25,15 @@ class Asker:
     def _tell(self) -> None:
         self.told += 1
 
-    @property
-    def granted(self) -> bool:
+    def is_granted(self) -> bool:
         return self.request.granted
 
 
 def test_room_is_granted_at_once_while_there_is_some() -> None:
     window = Window(SIZE)
     first, second = Asker(window, 60), Asker(window, 40)
-    assert first.granted
-    assert second.granted
+    assert first.is_granted()
+    assert second.is_granted()
     assert window.taken == SIZE
     # Only who was kept waiting needs to be told.
     assert first.told == second.told == 0
@@ -43,18 +42,18 @@ def test_room_is_granted_at_once_while_there_is_some() -> None:
 def test_nothing_still_fits_into_a_full_window() -> None:
     window = Window(SIZE)
     Asker(window, SIZE)
-    assert Asker(window, 0).granted
+    assert Asker(window, 0).is_granted()
 
 
 def test_who_waits_is_told_when_there_is_room() -> None:
     window = Window(SIZE)
     Asker(window, SIZE)
     waiting = Asker(window, 30)
-    assert not waiting.granted
+    assert not waiting.is_granted()
     window.release(29)
-    assert not waiting.granted
+    assert not waiting.is_granted()
     window.release(1)
-    assert waiting.granted
+    assert waiting.is_granted()
     assert waiting.told == 1
     assert window.taken == SIZE
 
@@ -63,11 +62,11 @@ def test_a_small_request_does_not_overtake_a_large_one() -> None:
     window = Window(SIZE)
     Asker(window, 80)
     large, small, nothing = Asker(window, 50), Asker(window, 1), Asker(window, 0)
-    assert [large.granted, small.granted, nothing.granted] == [False, False, False]
+    assert [large.is_granted(), small.is_granted(), nothing.is_granted()] == [False, False, False]
     window.release(30)
-    assert [large.granted, small.granted, nothing.granted] == [True, False, False]
+    assert [large.is_granted(), small.is_granted(), nothing.is_granted()] == [True, False, False]
     window.release(1)
-    assert [large.granted, small.granted, nothing.granted] == [True, True, True]
+    assert [large.is_granted(), small.is_granted(), nothing.is_granted()] == [True, True, True]
 
 
 def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
@@ -76,7 +75,7 @@ def test_waiters_are_served_in_the_order_in_which_they_came() -> None:
     waiting = [Asker(window, SIZE // 4) for _ in range(8)]
     for served in range(1, 9):
         window.release(SIZE // 4)
-        assert [asker.granted for asker in waiting] == [n < served for n in range(8)]
+        assert [asker.is_granted() for asker in waiting] == [n < served for n in range(8)]
 
 
 def test_a_waiter_that_withdraws_takes_nothing_and_holds_nobody_up() -> None:
@@ -84,8 +83,8 @@ def test_a_waiter_that_withdraws_takes_nothing_and_holds_nobody_up() -> None:
     Asker(window, 60)
     large, small = Asker(window, 50), Asker(window, 40)
     window.withdraw(large.request)
-    assert not large.granted
-    assert small.granted
+    assert not large.is_granted()
+    assert small.is_granted()
     assert window.taken == SIZE
     assert window.waiting == 0
 
@@ -94,7 +93,7 @@ def test_a_grant_that_is_withdrawn_goes_to_the_next() -> None:
     window = Window(SIZE)
     first, second = Asker(window, SIZE), Asker(window, SIZE)
     window.withdraw(first.request)
-    assert second.granted
+    assert second.is_granted()
     assert window.taken == SIZE
 
 

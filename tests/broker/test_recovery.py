@@ -1,0 +1,547 @@
+"""Connections lost, and what becomes of the uploads that were on them."""
+
+import itertools
+
+import pytest
+import trio
+from pika import frame as amqp
+from pika.spec import Basic, Connection
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from relay.broker import publisher as publishing
+from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown
+from relay.model import Abort
+from tests.broker.attempt import FRAME, Relay, running, seqs
+from tests.scripted_broker import Network, Published, ScriptedBroker
+
+GRACE = 30
+
+
+async def commit_frame(relay: Relay, broker: ScriptedBroker) -> Published:
+    """An upload of two frames, of which the second, the commit frame, is out."""
+    await broker.confirm(*await broker.published())
+    (commit,) = await broker.published()
+    return commit
+
+
+# --- on the next connection ---------------------------------------------------------------------
+
+
+async def test_unconfirmed_frames_are_published_again_in_order_and_the_upload_goes_on(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network(), upload_window=5 * FRAME) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(9)
+        messages = await broker.published(5)
+        await broker.ack(4, 2)
+        await broker.published(2)  # 5 and 6
+        await broker.cut()
+        broker = await relay.broker()
+        again = await broker.published(5)
+        assert seqs(again) == [0, 2, 4, 5, 6]
+        assert again[0].body == messages[0].body
+        assert again[0].properties == messages[0].properties
+        await broker.silence()
+        await broker.confirm(*again)
+        rest = await broker.published(1)
+        await broker.confirm(*rest)
+        (commit,) = await broker.published()
+        assert seqs([*rest, commit]) == [7, 8]
+        await broker.confirm(commit)
+        assert await upload.outcome() is None
+        relay.assert_nothing_is_held()
+
+
+async def test_frames_are_published_again_while_the_client_is_slow(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, pause_before=3)
+        await broker.published(3)
+        await broker.cut()
+        broker = await relay.broker()
+        again = await broker.published(3)
+        assert seqs(again) == [0, 1, 2]
+        await broker.confirm(*again)
+        await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
+        upload.go_on()
+        await broker.confirm(*await broker.published())
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+
+
+async def test_an_upload_with_nothing_outstanding_goes_on_where_it_was(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, pause_before=3)
+        await broker.confirm(*await broker.published(3))
+        await wait_all_tasks_blocked()
+        await broker.cut()
+        broker = await relay.broker()
+        await broker.accept_channel()
+        upload.go_on()
+        (message,) = await broker.published()
+        assert message.seq == 3
+        await broker.confirm(message)
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+
+
+async def test_uploads_that_all_wait_for_a_full_window_recover(autojump_clock: MockClock) -> None:
+    count = 4
+    async with running(Network(), window=count * FRAME, upload_window=2 * FRAME) as relay:
+        broker = await relay.broker()
+        uploads = []
+        for _ in range(count):
+            uploads.append(relay.attempt(9, pause_before=1))
+            await broker.published(1)
+        for upload in uploads:
+            upload.go_on()
+        await wait_all_tasks_blocked()
+        # Nobody can get on unless somebody minds what it has published already.
+        assert relay.publisher.window.waiting == count
+        await broker.cut()
+        broker = await relay.broker()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(broker.serve)
+            for upload in uploads:
+                assert await upload.outcome() is None
+            nursery.cancel_scope.cancel()
+        relay.assert_nothing_is_held()
+
+
+async def test_a_connection_that_ends_within_an_ack_leaves_that_frame_unconfirmed(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        relay.attempt(4, pause_before=3)
+        await broker.published(3)
+        ack = amqp.Method(1, Basic.Ack(1)).marshal()
+        await broker.send_bytes(ack + amqp.Method(1, Basic.Ack(2)).marshal()[:-1])
+        await broker.cut()
+        broker = await relay.broker()
+        assert seqs(await broker.published(2)) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "noise", [b"HTTP/1.1 400 Bad Request\r\n\r\n" * 9000, b"\x01\x00\x01\x00\x00\x00\x04" * 9]
+)
+async def test_a_connection_on_which_the_broker_talks_nonsense_is_replaced(
+    noise: bytes, autojump_clock: MockClock
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2)
+        await broker.published(1)
+        await broker.send_bytes(noise)
+        broker = await relay.broker()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(broker.serve)
+            assert await upload.outcome() is None
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_second_loss_within_the_grace_is_survived(autojump_clock: MockClock) -> None:
+    async with running(Network(), reconnect_grace=GRACE) as relay:
+        upload = None
+        for _ in range(3):
+            broker = await relay.broker()
+            upload = upload or relay.attempt(4)
+            assert seqs(await broker.published(3)) == [0, 1, 2]
+            await broker.cut()
+        broker = await relay.broker()
+        await broker.confirm(*await broker.published(3))
+        await broker.confirm(*await broker.published())
+        assert upload is not None
+        assert await upload.outcome() is None
+
+
+async def test_a_channel_refused_on_the_next_connection_fails_the_upload(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(4)
+        await broker.published(3)
+        await broker.cut()
+        broker = await relay.broker()
+        (message, *_) = await broker.published(3)
+        await broker.close_channel(message.channel, 404, "NOT_FOUND")
+        assert isinstance(await upload.outcome(), BrokerRefused)
+        (abort,) = await broker.published()
+        assert abort.decode() == Abort(upload.transfer.id, 3, "broker-refused")
+        relay.assert_nothing_is_held()
+
+
+async def test_a_lost_connection_has_new_uploads_refused_until_the_next_is_there(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network) as relay:
+        broker = await relay.broker()
+        assert relay.publisher.refusal() is None
+        network.is_down = True
+        await broker.cut()
+        await wait_all_tasks_blocked()
+        assert isinstance(relay.publisher.refusal(), BrokerUnavailable)
+        assert isinstance(await relay.attempt(1).outcome(), BrokerUnavailable)
+        network.is_down = False
+        broker = await relay.broker()
+        assert relay.publisher.refusal() is None
+        assert relay.publisher.connects == 2
+
+
+# --- no next connection -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grace", [0, GRACE])
+async def test_an_upload_fails_when_the_broker_stays_away(
+    grace: int, autojump_clock: MockClock
+) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=grace) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(9)
+        await broker.published(8)
+        await broker.ack(3)
+        network.is_down = True
+        await broker.cut()
+        assert isinstance(await upload.outcome(), BrokerUnavailable)
+        assert trio.current_time() == pytest.approx(grace, abs=0.1)
+        relay.assert_nothing_is_held()
+
+
+async def test_its_room_is_free_when_the_broker_stays_away_although_the_client_is_slow(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(9, pause_before=3)
+        await broker.published(3)
+        network.is_down = True
+        await broker.cut()
+        await trio.sleep(GRACE - 1)
+        assert relay.publisher.window.taken == 3 * FRAME
+        await trio.sleep(2)
+        relay.assert_nothing_is_held()
+        upload.go_on()
+        assert isinstance(await upload.outcome(), BrokerUnavailable)
+        assert upload.sent == 3
+
+
+async def test_the_grace_ends_though_the_broker_comes_back_again_and_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network(), reconnect_grace=GRACE) as relay:
+        upload = None
+        while upload is None or not upload.is_over:
+            broker = await relay.broker()
+            upload = upload or relay.attempt(2)
+            await broker.published(1)
+            # Nothing is ever confirmed: it may be this very frame that kills the broker.
+            await broker.cut()
+            await wait_all_tasks_blocked()
+        assert isinstance(await upload.outcome(), BrokerUnavailable)
+        assert trio.current_time() == pytest.approx(GRACE, abs=5)
+
+
+async def test_a_confirm_begins_the_grace_anew(autojump_clock: MockClock) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(4)
+        await broker.published(3)
+        for seq in (0, 1):
+            network.is_down = True
+            await broker.cut()
+            await trio.sleep(GRACE - 12)
+            network.is_down = False
+            broker = await relay.broker()
+            messages = await broker.published(3 - seq)
+            await broker.confirm(messages[0])
+            await wait_all_tasks_blocked()
+        assert trio.current_time() > GRACE
+        await broker.confirm(messages[1])
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+
+
+# --- between commit and confirm -----------------------------------------------------------------
+
+
+async def test_a_commit_frame_is_published_again_and_can_still_succeed(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2)
+        first = await commit_frame(relay, broker)
+        await broker.cut()
+        broker = await relay.broker()
+        (second,) = await broker.published()
+        assert second.decode() == first.decode()
+        await broker.confirm(second)
+        assert await upload.outcome() is None
+
+
+async def test_a_broker_lost_after_the_commit_frame_leaves_the_outcome_unknown(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2)
+        await commit_frame(relay, broker)
+        network.is_down = True
+        await broker.cut()
+        assert isinstance(await upload.outcome(), OutcomeUnknown)
+        assert trio.current_time() == pytest.approx(GRACE, abs=0.1)
+        # No abort follows, not even later: the commit frame may have been the truth.
+        network.is_down = False
+        broker = await relay.broker()
+        await broker.silence()
+        relay.assert_nothing_is_held()
+
+
+@pytest.mark.parametrize("fate", ["nacked", "returned", "refused"])
+async def test_whatever_becomes_of_the_second_copy_the_first_may_be_committed(
+    fate: str, autojump_clock: MockClock
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2)
+        await commit_frame(relay, broker)
+        await broker.cut()
+        broker = await relay.broker()
+        (second,) = await broker.published()
+        # A queue that was full with the first copy, or deleted meanwhile.
+        if fate == "nacked":
+            await broker.nack(second.tag)
+        elif fate == "returned":
+            await broker.give_back(second)
+            await broker.confirm(second)
+        else:
+            await broker.close_channel(second.channel, 404, "NOT_FOUND")
+        assert isinstance(await upload.outcome(), OutcomeUnknown)
+        await broker.silence()
+        relay.assert_nothing_is_held()
+
+
+async def test_a_connection_lost_just_before_the_commit_frame_leaves_no_doubt(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2, pause_before=1)
+        await broker.confirm(*await broker.published())
+        await wait_all_tasks_blocked()
+        network.is_down = True
+        await broker.cut()
+        await wait_all_tasks_blocked()
+        upload.go_on()
+        assert isinstance(await upload.outcome(), BrokerUnavailable)
+
+
+# --- abort frames -------------------------------------------------------------------------------
+
+
+async def test_an_upload_given_up_during_an_outage_is_aborted_after_it(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(9, pause_before=3)
+        await broker.published(3)
+        network.is_down = True
+        await broker.cut()
+        await wait_all_tasks_blocked()
+        upload.go_on(ClientGone("gone"))
+        assert isinstance(await upload.outcome(), ClientGone)
+        relay.assert_nothing_is_held()
+        network.is_down = False
+        broker = await relay.broker()
+        (abort,) = await broker.published()
+        assert abort.decode() == Abort(upload.transfer.id, 3, "client-gone")
+        await broker.silence()
+        await broker.confirm(abort)
+        await wait_all_tasks_blocked()
+        # The channel that told it is good for the next upload.
+        upload = relay.attempt(1)
+        (message,) = await broker.published()
+        assert message.channel == abort.channel
+
+
+async def test_an_abort_that_is_lost_with_its_connection_is_told_on_the_next(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(9, pause_before=3)
+        await broker.confirm(*await broker.published(3))
+        upload.go_on(ClientGone("gone"))
+        await broker.published()
+        await broker.cut()
+        broker = await relay.broker()
+        (abort,) = await broker.published()
+        assert abort.decode() == Abort(upload.transfer.id, 3, "client-gone")
+        await broker.confirm(abort)
+        await broker.silence()
+
+
+async def test_an_abort_that_finds_no_broker_is_given_up(autojump_clock: MockClock) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=0) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(9)
+        await broker.published(8)
+        network.is_down = True
+        await broker.cut()
+        await upload.outcome()
+        await trio.sleep(publishing.ABORT_TIMEOUT + 1)
+        network.is_down = False
+        broker = await relay.broker()
+        await broker.silence()
+
+
+async def test_an_abort_whose_confirm_never_comes_gives_its_channel_up(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network(), confirm_timeout=60) as relay:
+        broker = await relay.broker()
+        relay.attempt(9)
+        (message, *_) = await broker.published(8)
+        await broker.close_channel(message.channel, 404, "NOT_FOUND")
+        (abort,) = await broker.published()
+        channel = await broker.accept_close()
+        assert channel == abort.channel
+        assert trio.current_time() == pytest.approx(60, abs=1)
+
+
+async def test_an_upload_that_outlives_the_publisher_ends_without_an_abort(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with trio.open_nursery() as uploads:
+        async with running(network) as relay:
+            relay.nursery = uploads
+            broker = await relay.broker()
+            upload = relay.attempt(9)
+            await broker.published(8)
+        assert not upload.is_over
+        uploads.cancel_scope.cancel()
+    assert upload.is_over
+    await broker.wait_gone()
+
+
+# --- connecting ---------------------------------------------------------------------------------
+
+
+async def test_a_broker_that_is_down_is_tried_again_ever_more_patiently(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    network.is_down = True
+    async with running(network) as relay:
+        await trio.sleep(120)
+        times = [at for at, _, _ in network.attempts]
+        pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
+        for attempt, pause in enumerate(pauses):
+            longest = min(publishing.BACKOFF_LAST, publishing.BACKOFF_FIRST * 2 ** (attempt + 1))
+            assert longest / 2 <= pause <= longest
+        assert "nobody listens" in str(relay.publisher.refusal())
+        assert max(pauses) <= publishing.BACKOFF_LAST
+        network.is_down = False
+        await relay.broker()
+        assert relay.publisher.refusal() is None
+
+
+async def test_a_connection_that_was_made_begins_the_patience_anew(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    network.is_down = True
+    async with running(network) as relay:
+        await trio.sleep(120)
+        network.is_down = False
+        broker = await relay.broker()
+        lost = trio.current_time()
+        await broker.cut()
+        await relay.broker()
+        assert trio.current_time() - lost <= publishing.BACKOFF_FIRST
+
+
+@pytest.mark.parametrize("jitter", [0, 0.5, 0.999])
+def test_backoff_is_bounded_for_ever(jitter: float) -> None:
+    waits = [publishing.backoff(attempt, jitter) for attempt in (0, 1, 2, 10, 10_000_000)]
+    assert waits == sorted(waits)
+    assert waits[0] >= publishing.BACKOFF_FIRST / 2
+    assert waits[-1] <= publishing.BACKOFF_LAST
+
+
+async def test_several_brokers_are_tried_in_turn(autojump_clock: MockClock) -> None:
+    network = Network()
+    network.is_down = True
+    urls = ("amqp://one/", "amqp://two:5673/", "amqp://three/")
+    async with running(network, urls=urls) as relay:
+        await trio.sleep(60)
+        tried = [(host, port) for _, host, port in network.attempts]
+        turn = [("one", 5672), ("two", 5673), ("three", 5672)]
+        assert tried[:6] == turn + turn
+        network.is_down = False
+        broker = await relay.broker()
+        expected = turn[len(tried) % 3]
+        assert broker.address == expected
+        await broker.cut()
+        broker = await relay.broker()
+        assert broker.address == turn[(len(tried) + 1) % 3]
+
+
+async def test_a_connection_that_nobody_answers_is_given_up(autojump_clock: MockClock) -> None:
+    class Silent(Network):
+        async def connect(self, host: str, port: int) -> trio.abc.Stream:
+            self.attempts.append((trio.current_time(), host, port))
+            await trio.sleep_forever()
+            raise AssertionError
+
+    network = Silent()
+    async with running(network) as relay:
+        await trio.sleep(publishing.CONNECT_TIMEOUT + publishing.BACKOFF_FIRST * 2 + 1)
+        assert len(network.attempts) == 2
+        assert "no answer within 10 s" in str(relay.publisher.refusal())
+
+
+async def test_a_handshake_that_nobody_answers_is_given_up(autojump_clock: MockClock) -> None:
+    network = Network()
+    async with running(network) as relay:
+        silent = await network.accept()
+        await silent.wait_gone()
+        await relay.broker()
+        assert relay.publisher.connects == 1
+
+
+async def test_the_reason_why_there_is_no_broker_is_told(autojump_clock: MockClock) -> None:
+    network = Network()
+    async with running(network) as relay:
+        assert "not connected" in str(relay.publisher.refusal())
+        broker = await network.accept()
+        await broker.accept_protocol()
+        await broker.send(Connection.Close(403, "ACCESS_REFUSED", 0, 0))
+        await wait_all_tasks_blocked()
+        assert "user name or password" in str(relay.publisher.refusal())
+
+
+async def test_goodbye_is_said_to_the_broker(autojump_clock: MockClock) -> None:
+    async with running(Network()) as relay, trio.open_nursery() as nursery:
+        broker = await relay.broker()
+        nursery.start_soon(relay.publisher.close)
+        await broker.accept_goodbye()
+        await broker.wait_gone()
