@@ -1,0 +1,278 @@
+"""Listening sockets: addresses, limits, and the one place where unexpected exceptions stop."""
+
+import logging
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from relay.config import HttpConfig, RouteConfig
+from relay.server.handler import UploadHandler
+from relay.server.listeners import (
+    LimitedListener,
+    ListenError,
+    Serve,
+    address_of,
+    open_listeners,
+    serve,
+)
+from relay.server.uploads import Uploads
+from tests.memory_broker import MemoryBroker, MemoryClient
+from tests.uploading import request
+
+LOOPBACK = "127.0.0.1:0"
+
+
+@asynccontextmanager
+async def listening(
+    serve_one: Serve, *addresses: str, limit: int = 10
+) -> AsyncGenerator[list[str], None]:
+    """Serve on ``addresses`` for the length of the block; gives the addresses listened on."""
+    listeners = await open_listeners(addresses or [LOOPBACK])
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(
+                lambda: serve(listeners, serve_one, limit=limit, nursery=nursery)
+            )
+            yield [address_of(listener) for listener in listeners]
+            nursery.cancel_scope.cancel()
+
+
+async def connect(address: str) -> trio.SocketStream:
+    if address.startswith("unix:"):
+        return await trio.open_unix_socket(address.removeprefix("unix:"))
+    host, _, port = address.rpartition(":")
+    return await trio.open_tcp_stream(host.strip("[]"), int(port))
+
+
+async def echo(stream: trio.SocketStream, peer: str) -> None:
+    while data := await stream.receive_some():
+        await stream.send_all(peer.encode() + b" " + data)
+
+
+async def echoed(address: str) -> bytes:
+    async with await connect(address) as stream:
+        await stream.send_all(b"x")
+        return bytes(await stream.receive_some())
+
+
+# --- addresses ---------------------------------------------------------------------------------
+
+
+async def test_every_address_is_listened_on_and_the_port_is_the_one_the_system_chose(
+    tmp_path: Path,
+) -> None:
+    path = f"unix:{tmp_path}/relay.sock"
+    async with listening(echo, LOOPBACK, LOOPBACK, path) as addresses:
+        assert len(set(addresses)) == 3
+        assert addresses[2] == path
+        assert not any(address.endswith(":0") for address in addresses)
+        for address in addresses[:2]:
+            assert (await echoed(address)).startswith(b"127.0.0.1:")
+        assert await echoed(path) == b"unix x"
+
+
+async def test_ipv6_addresses_are_written_in_brackets() -> None:
+    try:
+        async with listening(echo, "[::1]:0") as (address,):
+            assert address.startswith("[::1]:")
+            assert (await echoed(address)).startswith(b"[::1]:")
+    except ListenError as exc:
+        pytest.skip(str(exc))
+
+
+async def test_an_address_in_use_is_an_error_that_names_it(tmp_path: Path) -> None:
+    async with listening(echo) as (address,):
+        with pytest.raises(ListenError, match=rf"^cannot listen on {address}: Address already"):
+            await open_listeners([LOOPBACK, address])
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "192.0.2.1:0",
+        "[fe80::1%nosuch]:0",
+        "a..b:0",
+        f"{'x' * 70}.invalid:0",
+        "unix:/nonexistent/relay.sock",
+        f"unix:/tmp/{'x' * 200}",
+    ],
+)
+async def test_an_address_that_cannot_be_used_is_one_line(address: str) -> None:
+    with pytest.raises(ListenError) as caught:
+        await open_listeners([address])
+    text = str(caught.value)
+    assert text.startswith(f"cannot listen on {address}: ")
+    assert "\n" not in text
+
+
+async def test_what_was_opened_before_an_error_is_closed_again(tmp_path: Path) -> None:
+    path = tmp_path / "relay.sock"
+    with pytest.raises(ListenError):
+        await open_listeners([f"unix:{path}", "unix:/nonexistent/relay.sock"])
+    with socket.socket(socket.AF_UNIX) as probe:
+        assert probe.connect_ex(str(path)) != 0
+
+
+async def test_a_socket_file_left_by_a_dead_process_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "relay.sock"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    async with listening(echo, f"unix:{path}") as (address,):
+        assert await echoed(address) == b"unix x"
+    assert path.is_socket()
+    async with listening(echo, f"unix:{path}") as (address,):
+        assert await echoed(address) == b"unix x"
+
+
+async def test_a_socket_that_somebody_listens_on_is_left_alone(tmp_path: Path) -> None:
+    async with listening(echo, f"unix:{tmp_path}/relay.sock") as (address,):
+        with pytest.raises(ListenError, match="Address already in use"):
+            await open_listeners([address])
+        assert await echoed(address) == b"unix x"
+
+
+async def test_a_live_socket_of_another_kind_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "log.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.bind(str(path))
+        with pytest.raises(ListenError, match="Address already in use"):
+            await open_listeners([f"unix:{path}"])
+        assert path.is_socket()
+
+
+async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_text("data")
+    with pytest.raises(ListenError, match="Address already in use"):
+        await open_listeners([f"unix:{path}"])
+    assert path.read_text() == "data"
+
+
+# --- limits ------------------------------------------------------------------------------------
+
+
+async def test_no_more_connections_are_served_at_once_than_allowed() -> None:
+    now = peak = total = 0
+    leave = trio.Event()
+    full = trio.Event()
+
+    async def count(stream: trio.SocketStream, _: str) -> None:
+        nonlocal now, peak, total
+        now += 1
+        total += 1
+        peak = max(peak, now)
+        if now == 3:
+            full.set()
+        await leave.wait()
+        # Others get their turn before this one is done.
+        await wait_all_tasks_blocked()
+        now -= 1
+
+    async with listening(count, limit=3) as (address,):
+        streams = [await connect(address) for _ in range(10)]
+        await full.wait()
+        leave.set()
+        for stream in streams:
+            assert await stream.receive_some() == b""
+            await stream.aclose()
+    assert (peak, total) == (3, 10)
+
+
+async def test_the_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
+    peers: list[str] = []
+    first_is_in = trio.Event()
+    leave = trio.Event()
+
+    async def hold(_stream: trio.SocketStream, peer: str) -> None:
+        peers.append(peer)
+        first_is_in.set()
+        await leave.wait()
+
+    async with listening(hold, LOOPBACK, f"unix:{tmp_path}/relay.sock", limit=1) as addresses:
+        streams = [await connect(address) for address in addresses]
+        await first_is_in.wait()
+        await wait_all_tasks_blocked(0.01)
+        assert len(peers) == 1
+        leave.set()
+        for stream in streams:
+            assert await stream.receive_some() == b""
+            await stream.aclose()
+        assert len(peers) == 2
+
+
+async def test_a_slot_is_free_again_when_accepting_fails_or_is_cancelled() -> None:
+    (inner,) = await open_listeners([LOOPBACK])
+    slots = trio.Semaphore(1)
+    listener = LimitedListener(inner, slots)
+    with trio.move_on_after(0):
+        await listener.accept()
+    assert slots.value == 1
+    await listener.aclose()
+    with pytest.raises(trio.ClosedResourceError):
+        await listener.accept()
+    assert slots.value == 1
+
+
+# --- exceptions --------------------------------------------------------------------------------
+
+
+async def test_an_unexpected_exception_costs_its_connection_and_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def serve_one(stream: trio.SocketStream, peer: str) -> None:
+        if await stream.receive_some() == b"fail":
+            raise ZeroDivisionError
+        await stream.send_all(b"fine")
+
+    async with listening(serve_one, limit=1) as (address,):
+        for _ in range(3):
+            caplog.clear()
+            async with await connect(address) as stream:
+                await stream.send_all(b"fail")
+                assert await stream.receive_some() == b""
+            (record,) = caplog.records
+            assert record.levelno == logging.ERROR
+            assert record.exc_info is not None
+            assert record.exc_info[0] is ZeroDivisionError
+            async with await connect(address) as stream:
+                await stream.send_all(b"work")
+                assert await stream.receive_some() == b"fine"
+
+
+async def test_a_bug_under_an_upload_costs_that_upload_and_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    broker = MemoryBroker()
+    uploads = Uploads(10)
+    routes = {"default": RouteConfig(name="default")}
+    handler = UploadHandler(HttpConfig(), routes, broker, uploads)
+
+    async def fail(_: object) -> None:
+        await trio.lowlevel.checkpoint()
+        raise ZeroDivisionError
+
+    async with listening(handler.serve) as (address,):
+        before_commit, broker.before_commit = broker.before_commit, fail
+        async with await connect(address) as stream:
+            await stream.send_all(request("/upload", b"hello"))
+            assert await stream.receive_some() == b""
+        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        assert len(uploads) == 0
+        broker.before_commit = before_commit
+        async with await connect(address) as stream:
+            answer = await MemoryClient(stream).exchange(request("/upload", b"hello"))
+        assert answer.status == 201
+
+
+async def test_connections_are_closed_when_serving_is_cancelled() -> None:
+    async with listening(echo) as (address,):
+        stream = await connect(address)
+        await stream.send_all(b"x")
+        assert await stream.receive_some()
+    assert await stream.receive_some() == b""
+    await stream.aclose()
