@@ -118,12 +118,18 @@ class Daemon:
             ("relay_window_waiting", "Uploads waiting for window.", publisher.window.waiting),
             ("relay_write_queue_bytes", "Bytes not yet written to the broker.", publisher.queued),
             ("relay_tasks", "Tasks of the event loop.", loop.tasks_living),
+            (
+                "relay_idempotency_keys",
+                "Keys whose receipt is remembered.",
+                len(self._handler.keys),
+            ),
+            ("relay_idempotency_bytes", "Bytes they take, about.", self._handler.keys.bytes),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(name, text, value)
         finished = CounterMetricFamily(
             "relay_uploads_finished",
-            "Requests that ended, by result: committed, or an error's code.",
+            "Requests that ended, by result: committed, replayed, or an error's code.",
             labels=["result"],
         )
         for result, number in self._uploads.finished.items():

@@ -7,7 +7,8 @@ into these where the library is called, and nowhere else. This module knows noth
 messages or AMQP: ``server/`` turns errors into responses, ``broker/`` into abort frames.
 
     RelayError
-    ├── ClientError      the request is at fault; repeating it unchanged will fail again
+    ├── ClientError      the request is at fault; repeating it unchanged will fail again, except
+    │                    for KeyInUse, where it is only too early
     ├── BrokerError      the broker did not, or may not, have taken the upload
     ├── DaemonError      relay itself has no room or is going away
     └── ClientGone       nobody is left to answer
@@ -78,6 +79,14 @@ class TooSlow(ClientError):
     code = "too-slow"
 
 
+class KeyInUse(ClientError):
+    """An upload with the same Idempotency-Key is in progress; what it will come to is not known."""
+
+    status = 409
+    code = "key-in-use"
+    retry_after = 5
+
+
 class TooLarge(ClientError):
     """Body, part or number of parts over a limit."""
 
@@ -100,7 +109,7 @@ class ExpectationFailed(ClientError):
 
 
 class DigestMismatch(ClientError):
-    """The body does not match the digest its sender gave (RFC 9530)."""
+    """The body is not the one its sender means: by its digest (RFC 9530) or Idempotency-Key."""
 
     status = 422
     code = "digest-mismatch"

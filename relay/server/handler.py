@@ -8,7 +8,7 @@ interface below.
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Protocol
 
 import trio
@@ -29,6 +29,7 @@ from relay.protocol.form_data import BodyParser, FormData, RawBody
 from relay.protocol.framing import ALGORITHMS, Framer
 from relay.protocol.request import RequestHead, parse_request
 from relay.server.connection import HttpConnection
+from relay.server.idempotency import KeyMemory, key_of
 from relay.server.responses import Response, created, problem
 from relay.server.uploads import UploadRecord, Uploads
 from relay.transfer import FrameSink, Upload, new_transfer_id
@@ -71,6 +72,7 @@ class UploadHandler:
         self._routes = routes
         self._broker = broker
         self._uploads = uploads
+        self.keys = KeyMemory()
 
     async def serve(self, stream: trio.abc.HalfCloseableStream, peer: str) -> None:
         """Answer requests until the connection ends."""
@@ -118,12 +120,19 @@ class UploadHandler:
             idempotency_key=head.idempotency_key,
         )
         about = {"transfer": transfer.id, "route": transfer.route, "peer": peer}
+        key = key_of(transfer)
         has_begun = False
         try:
-            route = self._admit(head)
-            with self._uploads.enter(transfer, peer) as record:
+            route = self._route(head)
+            # Before it is asked for room: an answer that is known needs neither room nor broker.
+            if (replay := self.keys.recall(key, head)) is not None:
+                return await self._replay(connection, head, replay, peer)
+            self._check_room()
+            with self.keys.hold(key), self._uploads.enter(transfer, peer) as record:
                 has_begun = True
                 receipt = await self._relay(connection, head, transfer, route, record)
+                response = created(receipt)
+                self.keys.remember(key, head, record.bytes_received, receipt, response)
         except RelayError as exc:
             seconds = trio.current_time() - began
             result = fields(**about, status=exc.status, code=exc.code, seconds=seconds)
@@ -137,13 +146,31 @@ class UploadHandler:
         result = fields(**about, bytes=totals.bytes, frames=totals.frames, seconds=seconds)
         log.info("upload committed", extra=result)
         self._uploads.count("committed", totals.bytes)
-        return created(receipt)
+        return response
 
-    def _admit(self, head: RequestHead) -> RouteConfig:
-        """The upload's route, if all that can be known before the body allows it.
+    async def _replay(
+        self, connection: HttpConnection, head: RequestHead, replay: Response, peer: str
+    ) -> Response:
+        """Answer a retry of what has succeeded. Its body is no longer of interest.
 
         Raises:
-            RelayError: otherwise.
+            ClientGone: the client left before the end of its body.
+        """
+        if not head.expect_continue:
+            # Most clients do not look for an answer before they have sent everything, however
+            # long that takes; if they are cut off they never see it, and retry for ever.
+            with suppress(ClientError):
+                while await connection.receive():
+                    pass
+        log.info("upload replayed", extra=fields(route=head.route, peer=peer))
+        self._uploads.count("replayed")
+        return replay
+
+    def _route(self, head: RequestHead) -> RouteConfig:
+        """The upload's route, if there is one and it takes a body of that size.
+
+        Raises:
+            NotFound, TooLarge: otherwise.
         """
         route = self._routes.get(head.route)
         if route is None:
@@ -154,10 +181,17 @@ class UploadHandler:
         for limit in limits:
             if limit and size > limit:
                 raise TooLarge(f"the route takes at most {limit} bytes")
+        return route
+
+    def _check_room(self) -> None:
+        """Admit an upload, if what can be known before its body allows that.
+
+        Raises:
+            RelayError: otherwise.
+        """
         self._uploads.check()
         if (refusal := self._broker.refusal()) is not None:
             raise refusal
-        return route
 
     async def _relay(
         self,
