@@ -5,7 +5,10 @@ numbers for each open transfer and no bytes of any; how many transfers are open 
 many ended ones are remembered is bounded. It does not know where frames come from, where bytes
 go, or what an acknowledgement is.
 
-    never seen ── seq 0 ──▶ open ── commit frame ──▶ committed
+A transfer that is complete, and has the idempotency key of another that was complete before it, is
+the same upload sent twice: it ends as ``Repeated``, and is not to be delivered.
+
+    never seen ── seq 0 ──▶ open ── commit frame ──▶ committed, or repeated
                              │ ├─── abort ─────────▶ aborted
                              │ ├─── fault ─────────▶ doomed
                              │ ├─── silence ───────▶ (forgotten)
@@ -17,6 +20,8 @@ A frame is verified before anybody gets to see its bytes, and a whole part befor
 One transfer's fault never touches another's.
 """
 
+import hashlib
+import json
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -47,6 +52,7 @@ class Past(Enum):
     """What became of a transfer that is no longer open."""
 
     COMMITTED = "committed"
+    REPEATED = "repeated"
     ABORTED = "aborted"
     DOOMED = "doomed"
     STRAY = "stray"
@@ -127,6 +133,14 @@ class Committed:
 
 
 @dataclass(frozen=True, slots=True)
+class Repeated:
+    """The transfer is complete and verified, and the same upload as the earlier transfer ``of``."""
+
+    transfer: Transfer
+    of: str
+
+
+@dataclass(frozen=True, slots=True)
 class Aborted:
     """Its sender gave the transfer up. ``frames`` of it had been seen, perhaps none."""
 
@@ -191,6 +205,7 @@ Event = (
     | PartData
     | PartEnded
     | Committed
+    | Repeated
     | Aborted
     | Dropped
     | Failed
@@ -199,6 +214,18 @@ Event = (
     | Expired
     | Parked
 )
+
+
+def key_digest(transfer: Transfer) -> str | None:
+    """What tells one upload from another: 32 hex digits; None if its sender gave it no key.
+
+    A key belongs to one client and one route. Digested, so that what is remembered of it has one
+    size, whatever somebody wrote into a header.
+    """
+    if transfer.idempotency_key is None:
+        return None
+    identity = json.dumps([transfer.client, transfer.route, transfer.idempotency_key])
+    return hashlib.blake2b(identity.encode("ascii"), digest_size=16).hexdigest()
 
 
 class Reassembler:
@@ -218,7 +245,8 @@ class Reassembler:
             digests: algorithms, besides crc32c, computed while the bytes go by. A part's end
                 names those that the publisher gave and that were not computed.
             max_open: transfers open at once. One more parks the one that was silent longest.
-            max_remembered: ended transfers whose duplicates are recognised, the latest first.
+            max_remembered: ended transfers whose duplicates are recognised, the latest first; and
+                as many idempotency keys.
             expire_after: silence after which ``expire`` forgets a transfer, in the unit of
                 ``now``.
         """
@@ -229,6 +257,8 @@ class Reassembler:
         # Both in order of the last frame, so that room and expiry look at the first only.
         self._open: OrderedDict[str, _Progress] = OrderedDict()
         self._past: OrderedDict[str, Past] = OrderedDict()
+        # Digests of the keys of committed transfers, and these transfers' ids.
+        self._keys: OrderedDict[str, str] = OrderedDict()
 
     def __len__(self) -> int:
         """Number of open transfers."""
@@ -264,6 +294,13 @@ class Reassembler:
         while len(self._past) > self._max_remembered:
             self._past.popitem(last=False)
 
+    def remember_key(self, key: str, transfer_id: str) -> None:
+        """Note a committed transfer's ``key_digest``: further ones with the same are repeated."""
+        self._keys.setdefault(key, transfer_id)
+        self._keys.move_to_end(key)
+        while len(self._keys) > self._max_remembered:
+            self._keys.popitem(last=False)
+
     def feed(self, item: Frame | Abort, now: float) -> list[Event]:
         """The next delivery, and what follows from it, in order."""
         if isinstance(item, Abort):
@@ -286,8 +323,7 @@ class Reassembler:
         except _FaultyFrame as exc:
             return [self.doom(transfer_id, seq, exc.fault, exc.detail)]
         if item.commit is not None:
-            # The place to drop a second transfer with the same client and idempotency key.
-            self.remember(transfer_id, Past.COMMITTED)
+            events.append(self._complete(item.transfer, item.commit))
         elif transfer_id not in self._open:
             events[:0] = self._make_room()
             self._open[transfer_id] = progress
@@ -296,6 +332,10 @@ class Reassembler:
 
     def doom(self, transfer_id: str, seq: int, fault: Fault, detail: str) -> Failed:
         """Give the transfer up, whatever was told of it; its further frames are ignored."""
+        if self._past.get(transfer_id) is Past.COMMITTED:
+            # It came to nothing after all, so the next one with its key is the first.
+            for key in [key for key, of in self._keys.items() if of == transfer_id]:
+                del self._keys[key]
         self.remember(transfer_id, Past.DOOMED)
         return Failed(transfer_id, seq, fault, detail)
 
@@ -310,10 +350,19 @@ class Reassembler:
             events.append(Expired(transfer_id, progress.position()))
         return events
 
+    def _complete(self, transfer: Transfer, totals: Totals) -> Committed | Repeated:
+        if (key := key_digest(transfer)) is not None:
+            self.remember_key(key, transfer.id)
+            if (first := self._keys[key]) != transfer.id:
+                self.remember(transfer.id, Past.REPEATED)
+                return Repeated(transfer, first)
+        self.remember(transfer.id, Past.COMMITTED)
+        return Committed(transfer, totals)
+
     def _not_open(self, transfer_id: str, seq: int) -> Event | None:
         """The answer to a frame of a transfer that is not open; None if it opens one."""
         past = self._past.get(transfer_id)
-        if past in (Past.COMMITTED, Past.ABORTED):
+        if past in (Past.COMMITTED, Past.REPEATED, Past.ABORTED):
             return Dropped(transfer_id, seq)
         if past is Past.DOOMED:
             return Ignored(transfer_id, seq)
@@ -404,7 +453,6 @@ class _Progress:
             events.append(self._end_part(frame, frame.tail))
         if frame.commit is not None:
             self._check_totals(frame.commit)
-            events.append(Committed(frame.transfer, frame.commit))
         return events
 
     def _check_place(self, frame: Frame) -> None:

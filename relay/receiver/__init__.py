@@ -18,7 +18,7 @@ close a channel in good order. Dropping the connection is safe.
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
@@ -40,12 +40,13 @@ from relay.protocol.reassembly import (
     Past,
     Position,
     Reassembler,
+    Repeated,
     Stray,
     TransferStarted,
 )
 from relay.protocol.wire import WireError, decode
 
-__all__ = ["Delivered", "Earlier", "Receiver", "Refused", "Settlement", "Sink"]
+__all__ = ["Delivered", "Earlier", "KnownKey", "Receiver", "Refused", "Settlement", "Sink"]
 
 _TRANSFER_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """A UUID in lower case. Anything else could not be used as a name without further thought."""
@@ -66,9 +67,30 @@ class Refused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """The sink's answer about a transfer that it has delivered already, and where to."""
+    """The sink's answer about a transfer that it has delivered already.
+
+    Attributes:
+        where: for people.
+        key: its ``reassembly.key_digest``.
+    """
 
     where: str
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """What became of a transfer that was complete and had an idempotency key.
+
+    Attributes:
+        key: its ``reassembly.key_digest``.
+        transfer_id: the transfer.
+        repeated: it was dropped, because another with that key had been delivered before.
+    """
+
+    key: str
+    transfer_id: str
+    repeated: bool = False
 
 
 class Sink(ABC):
@@ -107,6 +129,17 @@ class Sink(ABC):
     @abstractmethod
     def abort(self, transfer_id: str) -> None:
         """Drop all that there is of the transfer, which may be nothing."""
+
+    def repeated(self, transfer: Transfer) -> None:
+        """The transfer is complete, but the same upload was delivered before: drop it.
+
+        What there is of it may be needed until ``flush``, if the earlier one is not safe yet.
+        """
+        self.abort(transfer.id)
+
+    def known_keys(self) -> Sequence[KnownKey]:
+        """Keys of transfers that earlier processes delivered or dropped, oldest first."""
+        return ()
 
     def save(self, transfer_id: str, position: Position) -> None:  # noqa: B027  optional
         """Make what was written of the transfer so far, and the position, safe from a crash."""
@@ -191,6 +224,10 @@ class Receiver:
             max_open=max_open,
             expire_after=expire_after,
         )
+        for known in sink.known_keys():
+            self._reassembler.remember_key(known.key, known.transfer_id)
+            if known.repeated:
+                self._reassembler.remember(known.transfer_id, Past.REPEATED)
         self._earlier: dict[str, str] = {}
         # Since the last settlement:
         self._tags: list[tuple[int, str]] = []
@@ -294,6 +331,8 @@ class Receiver:
         known = self._sink.recall(transfer_id)
         if isinstance(known, Earlier):
             self._reassembler.remember(transfer_id, Past.COMMITTED)
+            if known.key is not None:
+                self._reassembler.remember_key(known.key, transfer_id)
             self._earlier[transfer_id] = known.where
             if len(self._earlier) > _REMEMBER:
                 del self._earlier[next(iter(self._earlier))]
@@ -319,6 +358,12 @@ class Receiver:
             case Committed():
                 where = sink.commit(event.transfer, event.totals)
                 self._deliver(Delivered(event.transfer, event.totals, where))
+            case Repeated():
+                sink.repeated(event.transfer)
+                self._problems.append(
+                    f"transfer {event.transfer.id} dropped: {event.of}, with the same "
+                    "Idempotency-Key, was delivered before"
+                )
             case TransferStarted() | Dropped():
                 pass
             case Aborted():

@@ -4,6 +4,7 @@ A transfer is staged below ``DIR/.relay-staging`` and appears as ``DIR/<transfer
 
     .relay-staging/<transfer>/<part>-<name>   the parts, as they grow
     .relay-staging/<transfer>.journal         what was staged, and how much of it is safe
+    .relay-staging/keys                       idempotency keys of what was delivered
     <transfer>/<part>-<name>                  the result
     <transfer>/receipt.json                   what it consists of
 
@@ -24,7 +25,7 @@ import shutil
 import stat
 import time
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
@@ -34,8 +35,8 @@ import google_crc32c
 
 from relay.model import PartHead, Totals, Transfer
 from relay.protocol.framing import ALGORITHMS
-from relay.protocol.reassembly import PartEnded, Position
-from relay.receiver import Earlier, Refused, Sink
+from relay.protocol.reassembly import PartEnded, Position, key_digest
+from relay.receiver import Earlier, KnownKey, Refused, Sink, keys
 
 STAGING: Final = ".relay-staging"
 RECEIPT: Final = "receipt.json"
@@ -112,7 +113,9 @@ class FileSink(Sink):
         output.mkdir(parents=True, exist_ok=True)
         self._output = output
         self._open: dict[str, _Staged] = {}
-        self._committed: list[str] = []
+        # Since the last flush; with the digest of its key, if it has one.
+        self._committed: dict[str, str | None] = {}
+        self._repeated: dict[str, str | None] = {}
         self._root = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             with suppress(FileExistsError):
@@ -127,6 +130,12 @@ class FileSink(Sink):
         except BlockingIOError:
             self._close_directories()
             raise OutputInUse(f"another receiver writes to {output}") from None
+        self._keys = keys.KeyFile(self._staging)
+        try:
+            self._remove_repeated()
+        except OSError:
+            self._close_directories()
+            raise
 
     def close(self) -> None:
         """Let go of everything; what is staged stays, for ``recall``."""
@@ -163,8 +172,16 @@ class FileSink(Sink):
         os.rename(transfer.id, transfer.id, src_dir_fd=self._staging, dst_dir_fd=self._root)
         del self._open[transfer.id]
         staged.close()
-        self._committed.append(transfer.id)
+        self._committed[transfer.id] = key_digest(transfer)
         return str(where)
+
+    def repeated(self, transfer: Transfer) -> None:
+        """Remove what is staged of it, once the transfer that it repeats is safe."""
+        self._repeated[transfer.id] = key_digest(transfer)
+
+    def known_keys(self) -> Sequence[KnownKey]:
+        """Keys that earlier processes have noted."""
+        return self._keys.load()
 
     def abort(self, transfer_id: str) -> None:
         """Remove what is staged of the transfer."""
@@ -178,14 +195,24 @@ class FileSink(Sink):
         self._open[transfer_id].save(position)
 
     def flush(self) -> None:
-        """Sync the renames; only then are the journals of what was renamed of no use."""
-        if not self._committed:
+        """Sync the renames; only then are the journals of what was renamed of no use.
+
+        And only then are keys noted: a key in the file is a promise that its transfer is safe.
+        """
+        if not self._committed and not self._repeated:
             return
         os.fsync(self._root)
         os.fsync(self._staging)
+        self._keys.append(
+            [KnownKey(key, of) for of, key in self._committed.items() if key is not None]
+            + [KnownKey(key, of, True) for of, key in self._repeated.items() if key is not None]
+        )
         for transfer_id in self._committed:
             self._remove_journal(transfer_id)
+        for transfer_id in self._repeated:
+            self.abort(transfer_id)
         self._committed.clear()
+        self._repeated.clear()
 
     def recall(self, transfer_id: str) -> Position | Earlier | None:
         """Open again what a crash, or ``park``, left of the transfer.
@@ -195,8 +222,8 @@ class FileSink(Sink):
         """
         if _exists(f"{transfer_id}/{RECEIPT}", self._root):
             # The crash may have come between the rename and its sync.
-            self._committed.append(transfer_id)
-            return Earlier(str(self._output / transfer_id))
+            key = self._committed[transfer_id] = self._delivered_key(transfer_id)
+            return Earlier(str(self._output / transfer_id), key)
         if not _exists(_journal_name(transfer_id), self._staging):
             self._remove(transfer_id)
             return None
@@ -222,7 +249,7 @@ class FileSink(Sink):
     def sweep(self, expire_after: float) -> list[str]:
         """Remove what earlier processes, or ``park``, left and nobody has asked for since."""
         touched: dict[str, float] = {}
-        for entry in os.listdir(self._staging):
+        for entry in set(os.listdir(self._staging)) - {keys.NAME, keys.NEW_NAME}:
             transfer_id = entry.removesuffix(".journal")
             if transfer_id not in self._open and transfer_id not in self._committed:
                 modified = os.stat(entry, dir_fd=self._staging, follow_symlinks=False).st_mtime
@@ -232,6 +259,29 @@ class FileSink(Sink):
         for transfer_id in expired:
             self._remove(transfer_id)
         return [i for i in expired if not _exists(f"{i}/{RECEIPT}", self._root)]
+
+    def _remove_repeated(self) -> None:
+        """Remove what a crash left of transfers that were about to be dropped."""
+        staged = {entry.removesuffix(".journal") for entry in os.listdir(self._staging)}
+        for known in self._keys.load():
+            if known.repeated and known.transfer_id in staged:
+                self._remove(known.transfer_id)
+
+    def _delivered_key(self, transfer_id: str) -> str | None:
+        """The digest of a delivered transfer's key, from its receipt; None if it has none."""
+        path = f"{transfer_id}/{RECEIPT}"
+        try:
+            receipt = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
+            with os.fdopen(receipt, encoding="utf-8") as file:
+                # Its parts may be very many; they begin with the second line.
+                head = json.loads(file.readline(_READ_SIZE) + "]}")
+            route, client, key = head["route"], head["client"], head["idempotency_key"]
+        except (OSError, ValueError, LookupError, TypeError):
+            # Whoever it was delivered to may do with it as they like.
+            return None
+        return key_digest(
+            Transfer(id=transfer_id, began=0, route=route, client=client, idempotency_key=key)
+        )
 
     def _remove(self, transfer_id: str) -> None:
         # The journal first: staged bytes without a journal are a fresh start, a journal
@@ -451,6 +501,7 @@ def _receipt(transfer: Transfer, totals: Totals, parts: Iterator[dict[str, Any]]
         "transfer": transfer.id,
         "route": transfer.route,
         "client": transfer.client,
+        "idempotency_key": transfer.idempotency_key,
         "frames": totals.frames,
         "bytes": totals.bytes,
     }

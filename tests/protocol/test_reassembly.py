@@ -27,8 +27,10 @@ from relay.protocol.reassembly import (
     Past,
     Position,
     Reassembler,
+    Repeated,
     Stray,
     TransferStarted,
+    key_digest,
 )
 
 
@@ -37,11 +39,18 @@ def transfer_id(number: int) -> str:
 
 
 def cut(
-    parts: Sequence[bytes], number: int = 0, *, frame_size: int = 4, digests: Sequence[str] = ()
+    parts: Sequence[bytes],
+    number: int = 0,
+    *,
+    frame_size: int = 4,
+    digests: Sequence[str] = (),
+    key: str | None = None,
+    client: str | None = None,
+    route: str = "default",
 ) -> list[Frame]:
     """The frames of one transfer, as the daemon makes them."""
     framer = Framer(
-        Transfer(id=transfer_id(number), began=1, route="default"),
+        Transfer(id=transfer_id(number), began=1, route=route, client=client, idempotency_key=key),
         frame_size=frame_size,
         digests=digests,
     )
@@ -83,6 +92,9 @@ class Output:
                     done = [bytes(part) for part in self.parts.pop(transfer.id)]
                     assert totals.bytes == sum(map(len, done))
                     self.committed[transfer.id] = done
+                case Repeated(transfer, first):
+                    assert first in self.committed
+                    del self.parts[transfer.id]
                 case Aborted(of) | Expired(of):
                     self.parts.pop(of, None)
                 case Failed(of, _, fault):
@@ -429,6 +441,102 @@ def test_a_transfer_refused_after_its_commit_is_doomed_all_the_same() -> None:
     failed = reassembler.doom(transfer_id(0), 0, Fault.REFUSED, "no")
     assert failed == Failed(transfer_id(0), 0, Fault.REFUSED, "no")
     assert reassembler.feed(frame, 0.0) == [Ignored(transfer_id(0), 0)]
+
+
+# --- the same upload, sent twice -----------------------------------------------------------------
+
+
+@given(st.data())
+def test_of_transfers_with_the_same_key_the_first_that_is_complete_counts(
+    data: st.DataObject,
+) -> None:
+    lines = [
+        cut([b"123456789"], number, key=data.draw(st.sampled_from([None, "k", "l"])))
+        for number in range(data.draw(st.integers(1, 5)))
+    ]
+    keys = {line[0].transfer.id: line[0].transfer.idempotency_key for line in lines}
+    deliveries: list[Frame] = []
+    left = [data.draw(redelivered(line)) for line in lines]
+    while any(left):
+        line = data.draw(st.sampled_from([line for line in left if line]))
+        deliveries.append(line.pop(0))
+    output = feed(deliveries)
+    first: dict[str | None, str] = {}
+    for frame in deliveries:
+        if frame.commit is not None:
+            first.setdefault(keys[frame.transfer.id], frame.transfer.id)
+    expected = {of for of, key in keys.items() if key is None or first[key] == of}
+    assert set(output.committed) == expected
+    assert output.parts == {}
+
+
+def test_a_repeated_transfer_is_told_with_what_it_repeats_and_its_frames_are_duplicates() -> None:
+    reassembler = Reassembler()
+    reassembler.feed(cut([b"x"], 0, key="k")[0], 0.0)
+    (again,) = cut([b"x"], 1, key="k")
+    assert reassembler.feed(again, 0.0)[-1] == Repeated(again.transfer, transfer_id(0))
+    assert reassembler.feed(again, 0.0) == [Dropped(transfer_id(1), 0)]
+    assert reassembler.feed(Abort(transfer_id(1), 1, "outcome-unknown"), 0.0) == [
+        Dropped(transfer_id(1), 1)
+    ]
+
+
+def test_keys_of_other_clients_and_routes_are_other_keys() -> None:
+    reassembler = Reassembler()
+    lines = [
+        cut([b"x"], 0, key="k"),
+        cut([b"x"], 1, key="k", client="ann"),
+        cut([b"x"], 2, key="k", client="ann", route="other"),
+        # Nothing is told apart by where one text ends and the next begins.
+        cut([b"x"], 3, key="k", client="an", route="nother"),
+        cut([b"x"], 4, key="null"),
+    ]
+    for (frame,) in lines:
+        assert isinstance(reassembler.feed(frame, 0.0)[-1], Committed)
+
+
+def test_a_transfer_that_failed_or_was_aborted_leaves_its_key_free() -> None:
+    reassembler = Reassembler()
+    failed, aborted, good = (cut([b"12345678"], n, key="k") for n in range(3))
+    reassembler.feed(failed[0], 0.0)
+    reassembler.feed(replace(failed[1], crc32c=0), 0.0)
+    reassembler.feed(aborted[0], 0.0)
+    reassembler.feed(Abort(transfer_id(1), 1, "queue-full"), 0.0)
+    assert isinstance([reassembler.feed(frame, 0.0) for frame in good][-1][-1], Committed)
+
+
+def test_a_transfer_refused_after_its_commit_gives_its_key_back() -> None:
+    reassembler = Reassembler()
+    reassembler.feed(cut([b"x"], 0, key="k")[0], 0.0)
+    reassembler.doom(transfer_id(0), 0, Fault.REFUSED, "no")
+    assert isinstance(reassembler.feed(cut([b"x"], 1, key="k")[0], 0.0)[-1], Committed)
+
+
+def test_a_repeated_transfer_that_is_refused_does_not_free_the_key_of_the_first() -> None:
+    reassembler = Reassembler()
+    reassembler.feed(cut([b"x"], 0, key="k")[0], 0.0)
+    reassembler.feed(cut([b"x"], 1, key="k")[0], 0.0)
+    reassembler.doom(transfer_id(1), 0, Fault.REFUSED, "no")
+    assert isinstance(reassembler.feed(cut([b"x"], 2, key="k")[0], 0.0)[-1], Repeated)
+
+
+def test_a_key_known_from_elsewhere_makes_repeated_transfers_but_not_of_its_own() -> None:
+    reassembler = Reassembler()
+    (frame,) = cut([b"x"], 0, key="k")
+    key = key_digest(frame.transfer)
+    assert key is not None
+    reassembler.remember_key(key, transfer_id(0))
+    assert isinstance(reassembler.feed(cut([b"x"], 1, key="k")[0], 0.0)[-1], Repeated)
+    # Its end was noted, and then the process died before its frames were acked.
+    assert isinstance(reassembler.feed(frame, 0.0)[-1], Committed)
+
+
+def test_only_so_many_keys_are_remembered_those_in_use_longest() -> None:
+    reassembler = Reassembler(max_remembered=2)
+    for number, key in enumerate("abac"):
+        reassembler.feed(cut([b"x"], number, key=key)[0], 0.0)
+    assert isinstance(reassembler.feed(cut([b"x"], 4, key="a")[0], 0.0)[-1], Repeated)
+    assert isinstance(reassembler.feed(cut([b"x"], 5, key="b")[0], 0.0)[-1], Committed)
 
 
 # --- silence, and bounds -------------------------------------------------------------------------

@@ -28,14 +28,21 @@ def transfer_id(number: int) -> str:
     return f"0199c0de-0000-7000-8000-{number:012x}"
 
 
-def transfer(number: int) -> Transfer:
-    return Transfer(id=transfer_id(number), began=1, route="default", client="ann")
+def transfer(number: int, key: str | None = None) -> Transfer:
+    return Transfer(
+        id=transfer_id(number), began=1, route="default", client="ann", idempotency_key=key
+    )
 
 
 def cut(
-    parts: Sequence[Part], number: int = 0, *, frame_size: int = 4, digests: Sequence[str] = ()
+    parts: Sequence[Part],
+    number: int = 0,
+    *,
+    frame_size: int = 4,
+    digests: Sequence[str] = (),
+    key: str | None = None,
 ) -> list[Frame]:
-    framer = Framer(transfer(number), frame_size=frame_size, digests=digests)
+    framer = Framer(transfer(number, key), frame_size=frame_size, digests=digests)
     frames: list[Frame] = []
     for head, body in parts:
         frames += framer.start_part(head)
@@ -44,8 +51,10 @@ def cut(
     return [*frames, framer.finish()[0]]
 
 
-def one(body: bytes, number: int = 0, *, digests: Sequence[str] = ()) -> list[Frame]:
-    return cut([(PartHead(name="f", filename="x.bin"), body)], number, digests=digests)
+def one(
+    body: bytes, number: int = 0, *, digests: Sequence[str] = (), key: str | None = None
+) -> list[Frame]:
+    return cut([(PartHead(name="f", filename="x.bin"), body)], number, digests=digests, key=key)
 
 
 def give(receiver: Receiver, tag: int, message: Message, app_id: object = APP_ID) -> None:
@@ -105,6 +114,7 @@ def test_a_transfer_becomes_a_directory_with_its_parts_and_a_receipt(tmp_path: P
         "transfer": transfer_id(0),
         "route": "default",
         "client": "ann",
+        "idempotency_key": None,
         "frames": 4,
         "bytes": 9,
         "parts": [
@@ -406,6 +416,89 @@ def test_two_receivers_do_not_share_a_directory(tmp_path: Path) -> None:
     FileSink(tmp_path).close()
 
 
+# --- the same upload, sent twice -----------------------------------------------------------------
+
+
+def test_a_second_transfer_with_the_same_key_is_dropped_and_told(tmp_path: Path) -> None:
+    first, second = one(b"123456789", 0, key="k"), one(b"123456789", 1, key="k")
+    with receiving(tmp_path) as receiver:
+        # Interleaved: the one that is complete first is the one that counts.
+        give_frames(receiver, [second[0], *first, *second[1:], *second])
+        settlement = receiver.settle()
+        assert receiver.delivered == 1
+    assert settlement.ack == tuple(range(1, 10))
+    assert [d.transfer.id for d in settlement.delivered] == [transfer_id(0)]
+    assert settlement.problems == (
+        f"transfer {transfer_id(1)} dropped: {transfer_id(0)}, with the same Idempotency-Key, "
+        "was delivered before",
+    )
+    assert visible(tmp_path) == {
+        f"{transfer_id(0)}/0-x.bin",
+        f"{transfer_id(0)}/receipt.json",
+        f"{STAGING}/keys",
+    }
+    receipt = json.loads((tmp_path / transfer_id(0) / "receipt.json").read_text())
+    assert receipt["idempotency_key"] == "k"
+
+
+def test_keys_are_known_after_a_restart(tmp_path: Path) -> None:
+    receive(tmp_path, one(b"123456789", 0, key="k"))
+    for number in (1, 2):
+        settlement = receive(tmp_path, one(b"123456789", number, key="k"))
+        assert (settlement.ack, settlement.delivered) == ((1, 2, 3), ())
+        assert transfer_id(0) in settlement.problems[0]
+    # Its frames may come again even then: the acks were lost.
+    assert receive(tmp_path, one(b"123456789", 2, key="k")[1:]).ack == (1, 2)
+    assert receive(tmp_path, one(b"123456789", 3, key="other")).delivered
+
+
+def test_a_key_that_was_not_noted_before_a_crash_is_noted_when_the_frames_come_again(
+    tmp_path: Path,
+) -> None:
+    first, second = one(b"123456789", 0, key="k"), one(b"123456789", 1, key="k")
+    receive(tmp_path, first)
+    for together in (True, False):
+        (tmp_path / STAGING / "keys").unlink()
+        if together:
+            settlement = receive(tmp_path, [first[-1], *second])
+        else:
+            receive(tmp_path, first[-1:])
+            settlement = receive(tmp_path, second)
+        assert not (tmp_path / transfer_id(1)).exists()
+        assert transfer_id(1) in settlement.problems[0]
+
+
+def test_a_transfer_that_could_not_be_delivered_does_not_keep_its_retry_out(
+    tmp_path: Path,
+) -> None:
+    with receiving(tmp_path) as receiver:
+        first = one(b"123456789", 0, key="k")
+        give_frames(receiver, first[:-1])
+        (tmp_path / transfer_id(0)).mkdir()
+        give_frames(receiver, [first[-1], *one(b"123456789", 1, key="k")], first_tag=3)
+        settlement = receiver.settle()
+    assert [d.transfer.id for d in settlement.delivered] == [transfer_id(1)]
+    assert sorted(settlement.reject) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("receipt", ["", "{", "[]\n", '{"route": 1}\n', "{}"])
+def test_a_receipt_that_somebody_has_rewritten_harms_nobody(tmp_path: Path, receipt: str) -> None:
+    frames = one(b"123456789", 0, key="k")
+    receive(tmp_path, frames)
+    (tmp_path / transfer_id(0) / "receipt.json").write_text(receipt)
+    assert receive(tmp_path, frames).ack == (1, 2, 3)
+    assert receive(tmp_path, one(b"123456789", 1, key="k")).delivered == ()
+
+
+def test_keys_are_not_swept_away(tmp_path: Path) -> None:
+    receive(tmp_path, one(b"123456789", 0, key="k"))
+    keys = tmp_path / STAGING / "keys"
+    os.utime(keys, (0, 0))
+    with closing(FileSink(tmp_path)) as sink:
+        assert sink.sweep(1.0) == []
+    assert keys.exists()
+
+
 # --- going on after a crash ----------------------------------------------------------------------
 
 
@@ -553,6 +646,23 @@ def _run(output: Path, frames: Sequence[Frame], acked: int, crash: int) -> tuple
     return max([acked, *told]), code == 9
 
 
+def _crash_everywhere(
+    directory: Path, lines: Sequence[Sequence[Frame]], check: Callable[[Path], None]
+) -> None:
+    """Receive interleaved transfers, in a new place for each moment to be killed at."""
+    frames = [line[i] for i in range(4) for line in lines if i < len(line)]
+    crash, crashed = 0, True
+    while crashed:
+        output = directory / str(crash)
+        acked, crashed = _run(output, frames, 0, crash)
+        # Killed once more on the way, elsewhere; and acks may be lost, so some frames come twice.
+        acked, _ = _run(output, frames, max(0, acked - crash % 3), 20 + crash % 37)
+        assert _run(output, frames, max(0, acked - crash % 2), sys.maxsize) == (len(frames), False)
+        check(output)
+        crash += 1
+    assert crash > 50
+
+
 def test_wherever_it_is_killed_it_goes_on_and_delivers_everything(tmp_path: Path) -> None:
     lines = [
         cut([(PartHead(name="a"), b"123456789"), (PartHead(name="b"), b"")], 0),
@@ -560,17 +670,21 @@ def test_wherever_it_is_killed_it_goes_on_and_delivers_everything(tmp_path: Path
         one(b"x", 2),
         one(b"ABCDEFGH", 3),
     ]
-    frames = [line[i] for i in range(4) for line in lines if i < len(line)]
-    crash, crashed = 0, True
-    while crashed:
-        output = tmp_path / str(crash)
-        acked, crashed = _run(output, frames, 0, crash)
-        # Killed once more on the way, elsewhere; and acks may be lost, so some frames come twice.
-        acked, _ = _run(output, frames, max(0, acked - crash % 3), 20 + crash % 37)
-        assert _run(output, frames, max(0, acked - crash % 2), sys.maxsize) == (len(frames), False)
-        _check_crashed_output(output)
-        crash += 1
-    assert crash > 50
+    _crash_everywhere(tmp_path, lines, _check_crashed_output)
+
+
+def test_wherever_it_is_killed_it_delivers_the_same_upload_once(tmp_path: Path) -> None:
+    lines = [one(b"12345678", 0, key="k"), one(b"123456789", 1, key="k"), one(b"x", 2, key="l")]
+
+    def check(output: Path) -> None:
+        # Much later, in another process: the keys were not lost either.
+        assert receive(output, one(b"y", 3, key="k")).ack == (1,)
+        assert receive(output, one(b"y", 4, key="l")).ack == (1,)
+        assert staged(output) == ["keys"]
+        assert sorted(os.listdir(output)) == [STAGING, transfer_id(0), transfer_id(2)]
+        assert (output / transfer_id(0) / "0-x.bin").read_bytes() == b"12345678"
+
+    _crash_everywhere(tmp_path, lines, check)
 
 
 def _check_crashed_output(output: Path) -> None:
