@@ -96,7 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     receive = commands.add_parser(
         "receive",
         help="reassemble transfers from a queue into files",
-        description="Consume a queue, verify every frame, and write each transfer to a directory.",
+        description="Consume a queue, verify every frame, and write each transfer to a directory. "
+        "Of transfers with the same client, route and Idempotency-Key the first counts.",
     )
     receive.add_argument(
         "--amqp",
