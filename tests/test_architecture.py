@@ -30,6 +30,7 @@ TABLE = """
                            |                         |
     receiver.consumer      | trio pika               | server transfer
     receiver.files         | google_crc32c           | server broker transfer
+    receiver.keys          |                         | server broker transfer protocol
     receiver               |                         | server broker transfer
                            |                         |
     server.listeners       | trio                    | broker transfer protocol
@@ -37,6 +38,7 @@ TABLE = """
     server.handler         | trio                    | broker
     server.connection      | trio h11                | broker transfer
     server.uploads         | trio                    | broker transfer protocol
+    server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol
                            |                         |
     broker.publisher       | trio pika               | transfer
