@@ -128,7 +128,7 @@ def _address(value: str) -> str:
     try:
         return parse_address(value)
     except ValueError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from exc
+        raise argparse.ArgumentTypeError(f"must be {exc}") from exc
 
 
 def _positive(value: str) -> int:

@@ -8,10 +8,10 @@ Sizes are in bytes and durations in seconds once parsed; files may say ``"64 MiB
 """
 
 import re
-import string
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlsplit
@@ -22,8 +22,11 @@ FRAME_SIZE_MIN: Final = 4096
 FRAME_SIZE_MAX: Final = 16 * 1024 * 1024
 """RabbitMQ 4's default limit on a message's size (``max_message_size``)."""
 
-ROUTING_KEY_FIELDS: Final = ("transfer", "route", "client")
-LOOPBACK: Final = ("127.", "[::1]:", "localhost:", "unix:")
+SHORT_TEXT_MAX: Final = 255
+"""Bytes of UTF-8 in a name or routing key (AMQP 0-9-1, section 4.2.5.3)."""
+
+_ROUTING_KEY = re.compile(r"(?:[^{}]|\{\{|\}\}|\{(?:transfer|route|client)\})*")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 class ConfigError(ValueError):
@@ -31,7 +34,8 @@ class ConfigError(ValueError):
 
 
 # --- parsers of single values ------------------------------------------------------------------
-# Each takes the TOML value and returns the value to keep, or raises ValueError with the reason.
+# Each takes the TOML value and returns the value to keep, or raises ValueError with what it must
+# be.
 
 
 def parse_size(value: object) -> int:
@@ -39,29 +43,30 @@ def parse_size(value: object) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         number = value
     elif isinstance(value, str) and (
-        match := re.fullmatch(r"(\d+)\s*([KMGT]iB|B)?", value.strip(), re.ASCII)
+        match := re.fullmatch(r"(\d{1,18})\s*([KMGT]iB|B)?", value.strip(), re.ASCII)
     ):
         number = int(match[1]) << {"K": 10, "M": 20, "G": 30, "T": 40}.get((match[2] or "B")[0], 0)
     else:
-        raise ValueError('a size is bytes or text such as "64 MiB"')
+        raise ValueError('bytes or text such as "64 MiB"')
     if number < 0:
-        raise ValueError("a size is not negative")
+        raise ValueError("0 bytes or more")
     return number
 
 
 def parse_duration(value: object) -> float:
     """Seconds from a number or text such as ``"30 s"`` (ms, s, min, h)."""
+    seconds: float
     if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
+        seconds = value
     elif isinstance(value, str) and (
-        match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h)?", value.strip())
+        match := re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(ms|s|min|h)?", value.strip(), re.ASCII)
     ):
         seconds = float(match[1]) * {"ms": 0.001, "min": 60, "h": 3600}.get(match[2] or "s", 1)
     else:
-        raise ValueError('a duration is seconds or text such as "30 s"')
+        raise ValueError('seconds or text such as "30 s"')
     if not 0 <= seconds <= 366 * 86400:
-        raise ValueError("a duration is between 0 and a year")
-    return seconds
+        raise ValueError("between 0 s and a year")
+    return float(seconds)
 
 
 def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[object], int]:
@@ -85,10 +90,33 @@ def _positive_duration(value: object) -> float:
     return seconds
 
 
+def _heartbeat(value: object) -> float:
+    seconds = parse_duration(value)
+    # Whole seconds in 16 bits (AMQP 0-9-1, connection.tune).
+    if seconds and not 1 <= seconds <= 65535:
+        raise ValueError("0 for none, or 1 s to 65535 s")
+    return seconds
+
+
 def _text(value: object) -> str:
-    if not isinstance(value, str):
+    # Neither AMQP nor the operating system can have a NUL in a name.
+    if not isinstance(value, str) or "\0" in value:
         raise ValueError("text")
     return value
+
+
+def _short_text(value: object) -> str:
+    text = _text(value)
+    if len(text.encode()) > SHORT_TEXT_MAX:
+        raise ValueError(f"at most {SHORT_TEXT_MAX} bytes of text")
+    return text
+
+
+def _name(value: object) -> str:
+    # An empty name makes the broker invent another one at each declaration.
+    if not (name := _short_text(value)):
+        raise ValueError("a name")
+    return name
 
 
 def _flag(value: object) -> bool:
@@ -120,13 +148,13 @@ def parse_address(value: object) -> str:
     text = _text(value)
     if text.startswith("unix:"):
         if len(text) == len("unix:"):
-            raise ValueError("unix: needs a path")
+            raise ValueError("unix: and a path")
         return text
     host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError("an address is host:port, [v6]:port or unix:PATH")
+    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
+        raise ValueError("host:port, [v6]:port or unix:PATH")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError("an IPv6 address stands in brackets: [::1]:8480")
+        raise ValueError("[v6]:port, such as [::1]:8480")
     return text
 
 
@@ -134,29 +162,33 @@ def _admin_address(value: object) -> str:
     return "" if value == "" else parse_address(value)
 
 
-def _amqp_url(value: object) -> str:
+def parse_amqp_url(value: object) -> str:
+    """``amqp://user:password@host:port/vhost``; relay has keys of its own for a URL's query."""
     try:
         parts = urlsplit(_text(value))
         valid = parts.scheme == "amqp" and bool(parts.hostname) and parts.port != 0
+        # A name that cannot be one is an error here rather than at each attempt to connect.
+        (parts.hostname or "").encode("idna")
     except ValueError:
         valid = False
-    if not valid:
-        raise ValueError("an AMQP URL is amqp://user:password@host:port/vhost")
+    if not valid or parts.query or parts.fragment:
+        raise ValueError("amqp://user:password@host:port/vhost")
     return str(value)
 
 
 def _routing_key(value: object) -> str:
     template = _text(value)
-    for _, name, spec, conversion in string.Formatter().parse(template):
-        if name is not None and (name not in ROUTING_KEY_FIELDS or spec or conversion):
-            raise ValueError("a routing key may use {transfer}, {route} and {client} only")
+    if not _ROUTING_KEY.fullmatch(template):
+        raise ValueError("text with {transfer}, {route} and {client}, and other braces doubled")
     return template
 
 
 def _arguments(value: object) -> Mapping[str, str | int | bool]:
-    if not isinstance(value, dict) or not all(isinstance(v, str | int) for v in value.values()):
-        raise ValueError("a table of text, integers and booleans")
-    return dict(value)
+    if not isinstance(value, dict) or not all(
+        isinstance(v, str) or (isinstance(v, int) and -(2**63) <= v < 2**63) for v in value.values()
+    ):
+        raise ValueError("a table of text, 64-bit integers and booleans")
+    return {_short_text(key): argument for key, argument in value.items()}
 
 
 def _key(default: Any, parse: Callable[[object], Any]) -> Any:
@@ -190,11 +222,13 @@ class HttpConfig:
 class AmqpConfig:
     """The broker; ``[amqp]``. Windows are bytes published and not yet confirmed."""
 
-    urls: tuple[str, ...] = _key(["amqp://guest:guest@127.0.0.1:5672/%2f"], _list_of(_amqp_url))
+    urls: tuple[str, ...] = _key(
+        ["amqp://guest:guest@127.0.0.1:5672/%2f"], _list_of(parse_amqp_url)
+    )
     password_file: str = _key("", _text)
     window: int = _key("64 MiB", _positive_size)
     upload_window: int = _key("8 MiB", _positive_size)
-    heartbeat: float = _key("30 s", parse_duration)
+    heartbeat: float = _key("30 s", _heartbeat)
     reconnect_grace: float = _key("30 s", parse_duration)
     blocked_grace: float = _key("30 s", parse_duration)
     confirm_timeout: float = _key("60 s", _positive_duration)
@@ -219,7 +253,7 @@ class LogConfig:
 class QueueConfig:
     """A queue to declare, durable, when the daemon connects; ``[routes.NAME.queue]``."""
 
-    name: str = _key("uploads", _text)
+    name: str = _key("uploads", _name)
     type: str = _key("quorum", _one_of("quorum", "classic", "stream"))
     arguments: Mapping[str, str | int | bool] = field(
         default_factory=lambda: {"x-overflow": "reject-publish", "x-single-active-consumer": True},
@@ -232,7 +266,7 @@ class RouteConfig:
     """Where transfers go; ``[routes.NAME]``. 0 means no limit."""
 
     name: str
-    exchange: str = _key("", _text)
+    exchange: str = _key("", _short_text)
     routing_key: str = _key("uploads", _routing_key)
     mandatory: bool = _key(True, _flag)
     persistent: bool = _key(True, _flag)
@@ -285,7 +319,9 @@ def load(
             _section(document, "admin")["listen"] = admin
         return from_document(document)
     except ConfigError as exc:
-        raise ConfigError(f"{path}: {exc}" if path else str(exc)) from exc
+        text = f"{path}: {exc}" if path else str(exc)
+        # Keys and file names may have anything in them; this is to be one line.
+        raise ConfigError(_CONTROL.sub(" ", text)) from exc
 
 
 def _read(path: Path | None) -> dict[str, Any]:
@@ -299,10 +335,13 @@ def _read(path: Path | None) -> dict[str, Any]:
 
 
 def _section(document: dict[str, Any], name: str) -> dict[str, Any]:
-    section = document.setdefault(name, {})
-    if not isinstance(section, dict):
-        raise ConfigError(f"{name}: is a table, [{name}]")
-    return section
+    return _table(document.setdefault(name, {}), name)
+
+
+def _table(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: must be a table, [{where}]")
+    return value
 
 
 def from_document(document: dict[str, Any]) -> Config:
@@ -345,13 +384,11 @@ def _routes(section: Mapping[str, Any]) -> Mapping[str, RouteConfig]:
         where = f"routes.{name}"
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
             raise ConfigError(f"{where}: a route's name is 1 to 64 letters, digits, '.', '_', '-'")
-        if not isinstance(table, dict):
-            raise ConfigError(f"{where}: is a table, [{where}]")
-        keys = {key: value for key, value in table.items() if key != "queue"}
+        keys = {key: value for key, value in _table(table, where).items() if key != "queue"}
         route = _slice(routes.get(name, RouteConfig(name=name)), where, keys)
         if "queue" in table:
-            queue = _slice(QueueConfig(), f"{where}.queue", _section(table, "queue"))
-            route = replace(route, queue=queue)
+            queue = _table(table["queue"], f"{where}.queue")
+            route = replace(route, queue=_slice(QueueConfig(), f"{where}.queue", queue))
         elif keys.keys() & {"exchange", "routing_key"}:
             # A route sent elsewhere does not want the default route's queue.
             route = replace(route, queue=None)
@@ -382,7 +419,7 @@ def _check_together(config: Config) -> None:
         raise ConfigError("http.listen: must name at least one address")
     if not config.amqp.urls:
         raise ConfigError("amqp.urls: must name at least one broker")
-    exposed = [a for a in config.http.listen if not a.startswith(LOOPBACK)]
+    exposed = [address for address in config.http.listen if not _is_loopback(address)]
     if exposed and not config.http.anonymous:
         raise ConfigError(
             f"http.listen: {exposed[0]} is not loopback and uploads are not authenticated;"
@@ -395,3 +432,17 @@ def _check_together(config: Config) -> None:
             raise ConfigError(f"routes.{name}.frame_size: must be 4096 to 16777216 bytes")
         if route.frame_size > config.amqp.upload_window:
             raise ConfigError(f"routes.{name}.frame_size: must not be above amqp.upload_window")
+        key = route.routing_key.format(transfer="x" * 36, route=name, client="")
+        if len(key.encode()) > SHORT_TEXT_MAX:
+            raise ConfigError(f"routes.{name}.routing_key: must be at most {SHORT_TEXT_MAX} bytes")
+
+
+def _is_loopback(address: str) -> bool:
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        # Any other name is whatever a resolver says, today.
+        return host.lower() == "localhost"

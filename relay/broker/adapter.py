@@ -110,9 +110,7 @@ class TrioConnection(Connection):
         """Drop the connection without a word to the broker. ``run`` ends; safe to call twice."""
         self._lose(pika.exceptions.StreamLostError(reason))
 
-    def send_content(
-        self, channel_number: int, method: bytes, header: bytes, body: bytes
-    ) -> None:
+    def send_content(self, channel_number: int, method: bytes, header: bytes, body: bytes) -> None:
         """Queue a content-bearing method, such as basic.publish.
 
         Args:

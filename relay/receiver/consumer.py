@@ -85,6 +85,8 @@ def receive(
         if urlsplit(url).scheme not in ("amqp", "amqps"):
             raise ValueError
         parameters = pika.URLParameters(url)
+        # A name that cannot be one would otherwise fail only where connecting resolves it.
+        parameters.host.encode("idna")
     except (ValueError, LookupError):
         # pika's words may quote a password.
         _say("--amqp: not an AMQP URL (amqp://user:password@host:port/vhost)")

@@ -24,8 +24,8 @@ from relay.server.responses import Response
 READ_SIZE: Final = 64 * 1024
 """Bytes asked of the socket at once, unless the reader of a body asks for more."""
 
-HEAD_READ_SIZE: Final = 16 * 1024
-"""Likewise while a head is read: what connections may hold that are not admitted as uploads."""
+SMALL_READ_SIZE: Final = 16 * 1024
+"""Likewise for heads, and for what is discarded: connections that are no uploads hold no more."""
 
 LINGER_TIMEOUT: Final = 10.0
 LINGER_IDLE: Final = 2.0
@@ -81,7 +81,7 @@ class HttpConnection:
     async def _read_head(self, reader: HeadReader, deadline: float) -> bool:
         """Fill ``_unread``; False if the client ended or sat out the time between requests."""
         with trio.move_on_at(deadline) as scope:
-            self._unread = await self._receive_some(HEAD_READ_SIZE)
+            self._unread = await self._receive_some(SMALL_READ_SIZE)
         if scope.cancelled_caught:
             if reader.started:
                 raise TooSlow("the request's headers took too long")
@@ -242,6 +242,6 @@ class HttpConnection:
                 while goes_on:
                     goes_on = False
                     with trio.move_on_after(LINGER_IDLE):
-                        goes_on = bool(await self._stream.receive_some(READ_SIZE))
+                        goes_on = bool(await self._stream.receive_some(SMALL_READ_SIZE))
             except trio.BrokenResourceError:
                 return

@@ -252,6 +252,24 @@ async def test_the_grace_ends_though_the_broker_comes_back_again_and_again(
         assert trio.current_time() == pytest.approx(GRACE, abs=5)
 
 
+async def test_no_confirm_is_overdue_while_there_is_no_connection(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=10 * GRACE, confirm_timeout=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(3)
+        await broker.published(2)
+        network.is_down = True
+        await broker.cut()
+        await trio.sleep(5 * GRACE)
+        network.is_down = False
+        broker = await relay.broker()
+        await broker.confirm(*await broker.published(2))
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+
+
 async def test_a_confirm_begins_the_grace_anew(autojump_clock: MockClock) -> None:
     network = Network()
     async with running(network, reconnect_grace=GRACE) as relay:

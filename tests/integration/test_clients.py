@@ -22,6 +22,7 @@ import requests
 from pika.compat import long
 
 from relay.demo.rabbitmq import RabbitMQNode
+from relay.protocol.framing import RECEIPT_TEXT
 from tests.daemon import Daemon
 from tests.queue_reader import Delivered, messages_in, messages_left, reassemble
 from tests.uploading import (
@@ -560,6 +561,24 @@ def test_a_receipt_lists_the_first_parts_and_counts_the_rest(
     receipt = answer.json()
     whole = expected_receipt(receipt["transfer"], "clients", parts, FRAME_SIZE, ())
     assert receipt == whole | {"parts": whole["parts"][:100], "parts_omitted": 50}
+    messages = messages_in(rabbitmq.url, QUEUE, ended=1)
+    expected = expected_messages("clients", parts, FRAME_SIZE, ())
+    check_messages(messages, receipt["transfer"], expected)
+
+
+@pytest.mark.usefixtures("queues")
+def test_a_receipt_of_long_names_lists_fewer_parts(
+    daemon: Daemon, rabbitmq: RabbitMQNode, tmp_path: Path
+) -> None:
+    parts = [Part(b"%d" % number, "n" * 3000) for number in range(20)]
+    parts.append(Part(b"short", "short"))
+    answer = browser(daemon, "clients", parts, tmp_path)
+    assert answer.status == 201
+    receipt = answer.json()
+    whole = expected_receipt(receipt["transfer"], "clients", parts, FRAME_SIZE, ())
+    listed = RECEIPT_TEXT // 3000
+    omitted = len(parts) - listed
+    assert receipt == whole | {"parts": whole["parts"][:listed], "parts_omitted": omitted}
     messages = messages_in(rabbitmq.url, QUEUE, ended=1)
     expected = expected_messages("clients", parts, FRAME_SIZE, ())
     check_messages(messages, receipt["transfer"], expected)

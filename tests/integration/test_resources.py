@@ -456,6 +456,7 @@ def test_clients_that_go_on_sending_after_a_refusal_cost_no_read_buffer(
             connection.send(data)
         assert {connection.answer().status for connection in opened} == {404, 431}
         peak = daemon.memory("VmHWM")
+    print(f"1000 refused connections: {(peak - base) / MIB:.1f} MiB")
     assert peak - base <= 1000 * CONNECTION_COST
 
 

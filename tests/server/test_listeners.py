@@ -3,7 +3,7 @@
 import logging
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,7 @@ async def listening(
     listeners = await open_listeners(addresses or [LOOPBACK])
     with trio.fail_after(30):
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(
-                lambda: serve(listeners, serve_one, limit=limit, nursery=nursery)
-            )
+            nursery.start_soon(lambda: serve(listeners, serve_one, limit=limit, nursery=nursery))
             yield [address_of(listener) for listener in listeners]
             nursery.cancel_scope.cancel()
 
@@ -143,6 +141,24 @@ async def test_a_live_socket_of_another_kind_is_left_alone(tmp_path: Path) -> No
         with pytest.raises(ListenError, match="Address already in use"):
             await open_listeners([f"unix:{path}"])
         assert path.is_socket()
+
+
+async def test_a_socket_whose_backlog_is_full_is_left_alone_and_not_waited_for(
+    tmp_path: Path,
+) -> None:
+    path = str(tmp_path / "busy.sock")
+    with ExitStack() as stack:
+        busy = stack.enter_context(socket.socket(socket.AF_UNIX))
+        busy.bind(path)
+        busy.listen(0)
+        result = 0
+        while result == 0:
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.setblocking(False)
+            result = client.connect_ex(path)
+        with pytest.raises(ListenError, match="Address already in use"):
+            await open_listeners([f"unix:{path}"])
+        assert Path(path).is_socket()
 
 
 async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
