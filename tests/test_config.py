@@ -578,7 +578,7 @@ def test_addresses(value: str) -> None:
     ["", ":", ":80", "h", "h:", "h:x", "h:-1", "h:65536", "h:٣", "::1", "[::1]", "[::1", 80],
 )
 def test_what_is_no_address(value: object) -> None:
-    with pytest.raises(ValueError, match="port|text"):
+    with pytest.raises(ValueError, match=r"port|text"):
         parse_address(value)
 
 
@@ -719,7 +719,9 @@ def test_a_password_from_a_file_replaces_the_ones_in_urls(
     amqp = {"urls": [url, url], "password_file": str(tmp_path / "password")}
     config = from_document({"amqp": amqp})
     assert config.amqp.urls == (expected, expected)
-    assert pika.URLParameters(config.amqp.urls[0]).credentials.password == "p@ss/: w"
+    credentials = pika.URLParameters(config.amqp.urls[0]).credentials
+    assert isinstance(credentials, pika.PlainCredentials)
+    assert credentials.password == "p@ss/: w"
 
 
 def test_a_password_file_that_cannot_be_read_is_an_error_that_does_not_quote_it(
@@ -764,10 +766,13 @@ def test_any_document_is_a_configuration_or_one_line(keys: list[tuple[str, objec
                 child = table[name] = {}
             table = child
         table[key] = value
+    error = None
     try:
         config = from_document(merged)
     except ConfigError as exc:
-        assert re.search(": (must|unknown|a route's|.* is not loopback)", str(exc))
+        error = str(exc)
+    if error is not None:
+        assert re.search(": (must|unknown|a route's|.* is not loopback)", error)
         return
     assert set(config.routes) >= {"default"}
     for route in config.routes.values():
