@@ -1,6 +1,6 @@
 """What all tests share: hypothesis without clock or chance, and RabbitMQ nodes."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
 import pytest
@@ -27,18 +27,22 @@ def rabbitmq() -> Iterator[RabbitMQNode]:
 
 @pytest.fixture
 def new_node() -> Iterator[Callable[..., RabbitMQNode]]:
-    """Makes nodes of the test's own, running, to do with as it likes; takes ``config``."""
+    """Makes nodes of the test's own, running, to do with as it likes; arguments as RabbitMQNode."""
     with ExitStack() as stack:
 
-        def make(config: Mapping[str, str] | None = None) -> RabbitMQNode:
-            return stack.enter_context(_private_node(config))
+        def make(
+            config: Mapping[str, str] | None = None, plugins: Sequence[str] = ()
+        ) -> RabbitMQNode:
+            return stack.enter_context(_private_node(config, plugins))
 
         yield make
 
 
-def _private_node(config: Mapping[str, str] | None = None) -> RabbitMQNode:
+def _private_node(
+    config: Mapping[str, str] | None = None, plugins: Sequence[str] = ()
+) -> RabbitMQNode:
     # Never a skip: without a broker half of what relay promises would go untested, unnoticed.
     try:
-        return RabbitMQNode(config=config)
+        return RabbitMQNode(config=config, plugins=plugins)
     except RabbitMQMissing as exc:
         pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)

@@ -24,7 +24,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -98,12 +98,17 @@ class RabbitMQNode:
     """
 
     def __init__(
-        self, *, config: Mapping[str, str] | None = None, parent: Path | None = None
+        self,
+        *,
+        config: Mapping[str, str] | None = None,
+        plugins: Sequence[str] = (),
+        parent: Path | None = None,
     ) -> None:
         """Makes the directory; starts nothing but the guard.
 
         Args:
             config: lines of ``rabbitmq.conf`` by key, in place of or besides the node's own.
+            plugins: to enable, of those that RabbitMQ ships.
             parent: where the directory goes. By default ``$TMPDIR``, else ``/var/tmp``, because
                 ``/tmp`` is often memory and the node's data may be large.
 
@@ -112,14 +117,14 @@ class RabbitMQNode:
         """
         self._scripts = _find_scripts()
         self._epmd_path = _find_epmd()
-        self.port, self._distribution_port, self._epmd_port = _free_ports(3)
+        self.port, self._distribution_port, self._epmd_port = free_ports(3)
         self.name = f"relay-{secrets.token_hex(6)}@localhost"
         parent = parent or Path(os.environ.get("TMPDIR") or _LARGE_FILES)
         self.directory = Path(tempfile.mkdtemp(prefix="relay-rabbitmq-", dir=parent))
         self.log = self.directory / "node.log"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._guard, self._lifeline = _start_guard(self.directory)
-        self._write_files({**_CONFIG, **(config or {})})
+        self._write_files({**_CONFIG, **(config or {})}, plugins)
 
     @property
     def url(self) -> str:
@@ -247,7 +252,7 @@ class RabbitMQNode:
     ) -> None:
         self.close()
 
-    def _write_files(self, config: Mapping[str, str]) -> None:
+    def _write_files(self, config: Mapping[str, str], plugins: Sequence[str]) -> None:
         directory = self.directory
         for name in ("home", "conf.d", "data", "logs", "generated"):
             (directory / name).mkdir()
@@ -255,7 +260,7 @@ class RabbitMQNode:
         cookie.write_text(secrets.token_hex(16))
         cookie.chmod(0o400)  # Erlang refuses one that others may read
         (directory / "environment.conf").touch()
-        (directory / "enabled_plugins").write_text("[].\n")
+        (directory / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
         lines = {"listeners.tcp.default": f"{HOST}:{self.port}", **config}
         (directory / "rabbitmq.conf").write_text(
             "".join(f"{key} = {value}\n" for key, value in lines.items())
@@ -392,7 +397,7 @@ def _find_epmd() -> str:
     return found
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Distinct ports on 127.0.0.1 that nobody listens on now."""
     ports: list[int] = []
     while len(ports) < count:
