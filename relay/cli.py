@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from relay import __version__
-from relay.config import ConfigError, load, parse_address
+from relay.config import ConfigError, load, naming, parse_address
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +36,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     logs.configure(config.log)
     try:
-        daemon.run(config)
+        with naming(arguments.config):
+            daemon.run(config)
     except ListenError as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1
@@ -48,6 +49,9 @@ def _receive(arguments: argparse.Namespace) -> int:
 
     return receive(
         url=arguments.amqp,
+        ca_file=arguments.ca_file,
+        certificate_file=arguments.certificate_file,
+        key_file=arguments.key_file,
         queue=arguments.queue,
         output=arguments.output,
         count=arguments.count,
@@ -105,6 +109,12 @@ def _parser() -> argparse.ArgumentParser:
         default="amqp://guest:guest@127.0.0.1:5672/%2f",
         help="broker (default amqp://guest:guest@127.0.0.1:5672/%%2f)",
     )
+    for flag, text in (
+        ("--ca-file", "PEM, for amqps: CAs to trust (default: the system's)"),
+        ("--certificate-file", "PEM, for amqps: a client certificate; logs in if URL has no user"),
+        ("--key-file", "PEM: its key (default: in the same file)"),
+    ):
+        receive.add_argument(flag, metavar="FILE", default="", help=text)
     receive.add_argument("--queue", metavar="NAME", required=True, help="the queue to consume")
     receive.add_argument(
         "--output", metavar="DIR", type=Path, required=True, help="where files go; made if missing"

@@ -9,7 +9,8 @@ Sizes are in bytes and durations in seconds once parsed; files may say ``"64 MiB
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -166,13 +167,13 @@ def parse_amqp_url(value: object) -> str:
     """``amqp://user:password@host:port/vhost``; relay has keys of its own for a URL's query."""
     try:
         parts = urlsplit(_text(value))
-        valid = parts.scheme == "amqp" and bool(parts.hostname) and parts.port != 0
+        valid = parts.scheme in ("amqp", "amqps") and bool(parts.hostname) and parts.port != 0
         # A name that cannot be one is an error here rather than at each attempt to connect.
         (parts.hostname or "").encode("idna")
     except ValueError:
         valid = False
     if not valid or parts.query or parts.fragment:
-        raise ValueError("amqp://user:password@host:port/vhost")
+        raise ValueError("amqp://user:password@host:port/vhost, or amqps")
     return str(value)
 
 
@@ -226,6 +227,9 @@ class AmqpConfig:
         ["amqp://guest:guest@127.0.0.1:5672/%2f"], _list_of(parse_amqp_url)
     )
     password_file: str = _key("", _text)
+    ca_file: str = _key("", _text)
+    certificate_file: str = _key("", _text)
+    key_file: str = _key("", _text)
     window: int = _key("64 MiB", _positive_size)
     upload_window: int = _key("8 MiB", _positive_size)
     heartbeat: float = _key("30 s", _heartbeat)
@@ -309,7 +313,7 @@ def load(
     Raises:
         ConfigError: naming the file, the key and the reason.
     """
-    try:
+    with naming(path):
         document = _read(path)
         if listen:
             _section(document, "http")["listen"] = listen
@@ -318,6 +322,13 @@ def load(
         if admin is not None:
             _section(document, "admin")["listen"] = admin
         return from_document(document)
+
+
+@contextmanager
+def naming(path: Path | None) -> Iterator[None]:
+    """Have ConfigErrors raised in the block name the file that the configuration is from."""
+    try:
+        yield
     except ConfigError as exc:
         text = f"{path}: {exc}" if path else str(exc)
         # Keys and file names may have anything in them; this is to be one line.
@@ -396,6 +407,12 @@ def _routes(section: Mapping[str, Any]) -> Mapping[str, RouteConfig]:
     return routes
 
 
+def logs_in_by_certificate(url: str, amqp: AmqpConfig) -> bool:
+    """Whether a broker is to take relay's certificate for its user and password (EXTERNAL)."""
+    parts = urlsplit(url)
+    return parts.scheme == "amqps" and parts.username is None and bool(amqp.certificate_file)
+
+
 def _with_password(amqp: AmqpConfig) -> AmqpConfig:
     if not amqp.password_file:
         return amqp
@@ -406,6 +423,9 @@ def _with_password(amqp: AmqpConfig) -> AmqpConfig:
         raise ConfigError(f"amqp.password_file: cannot be read: {reason}") from exc
     urls = []
     for url in amqp.urls:
+        if logs_in_by_certificate(url, amqp):
+            urls.append(url)
+            continue
         parts = urlsplit(url)
         user = parts.username or "guest"
         host = parts.netloc.rpartition("@")[2]

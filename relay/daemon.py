@@ -39,6 +39,7 @@ def run(config: Config) -> None:
 
     Raises:
         ListenError: an address cannot be listened on.
+        ConfigError: a URL of the broker, or a file for TLS to it, cannot be used.
     """
     allocator.tune()
     _raise_file_limit()

@@ -9,6 +9,7 @@ into an AMQP frame, and leave with ``sendmsg`` of many buffers. And nothing here
 pika's writes are synchronous, so whoever publishes bounds what is outstanding (``window.py``).
 """
 
+import ssl
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -20,11 +21,20 @@ import trio
 from pika.connection import Connection, Parameters
 from pika.spec import FRAME_BODY, FRAME_END, FRAME_METHOD, Basic
 
+from relay.broker.tls import explain
+
 READ_SIZE: Final = 64 * 1024
 """Bytes asked of the socket at once; confirms are small and come many to a read."""
 
 SENDMSG_BUFFERS: Final = 64
 """Buffers per system call: about twenty frames, some MiB, far below IOV_MAX (1024)."""
+
+JOIN_SIZE: Final = 256 * 1024
+"""Bytes written at once to a stream that takes no list of buffers, such as TLS: 16 full records
+of it. It holds copies of them, joined and encrypted, while they are on their way."""
+
+LAST_WORDS: Final = 1.0
+"""Seconds in which the reader finds the end of a stream that can no longer be written to."""
 
 _BODY_HEADER: Final = struct.Struct(">BHI")
 _FRAME_END: Final = bytes([FRAME_END])
@@ -158,7 +168,7 @@ class TrioConnection(Connection):
                 if len(self._frame_buffer) > self.params.frame_max:
                     raise pika.exceptions.InvalidFrameError("a frame larger than agreed")
         except trio.BrokenResourceError as exc:
-            self._lose(pika.exceptions.StreamLostError(f"connection lost: {exc.__cause__ or exc}"))
+            self._lose(_lost(exc))
         except _MALFORMED as exc:
             self._lose(exc)
         else:
@@ -189,16 +199,28 @@ class TrioConnection(Connection):
             while True:
                 while not self._queue:
                     await self._writable.park()
-                self._sent(await self._send(list(islice(self._queue, SENDMSG_BUFFERS))))
+                self._sent(await self._send())
         except (trio.BrokenResourceError, OSError) as exc:
-            self._lose(pika.exceptions.StreamLostError(f"connection lost: {exc.__cause__ or exc}"))
+            # What the broker said before it went, such as why, may still be unread.
+            await trio.sleep(LAST_WORDS)
+            self._lose(_lost(exc))
 
-    async def _send(self, buffers: list[bytes | memoryview]) -> int:
+    async def _send(self) -> int:
         if isinstance(self._stream, trio.SocketStream):
-            return await self._stream.socket.sendmsg(buffers)
-        data = b"".join(buffers)
+            return await self._stream.socket.sendmsg(list(islice(self._queue, SENDMSG_BUFFERS)))
+        data = self._joined()
         await self._stream.send_all(data)
         return len(data)
+
+    def _joined(self) -> bytes:
+        """What is first in the queue, up to JOIN_SIZE bytes."""
+        buffers, room = [], JOIN_SIZE
+        for buffer in self._queue:
+            buffers.append(buffer if len(buffer) <= room else memoryview(buffer)[:room])
+            room -= len(buffers[-1])
+            if not room:
+                break
+        return b"".join(buffers)
 
     def _sent(self, size: int) -> None:
         self._queued -= size
@@ -250,3 +272,13 @@ class TrioConnection(Connection):
 
     def _adapter_add_callback_threadsafe(self, callback: Callable[..., object]) -> None:
         trio.lowlevel.current_trio_token().run_sync_soon(callback)
+
+
+def _lost(error: Exception) -> pika.exceptions.AMQPConnectionError:
+    """What to tell of a stream that broke."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
+        # With TLS 1.3 a broker refuses relay's certificate when relay thinks the handshake done.
+        # Not a StreamLostError: pika takes one so early for a wrong protocol or password.
+        return pika.exceptions.AMQPConnectionError(explain(cause))
+    return pika.exceptions.StreamLostError(f"connection lost: {explain(cause)}")

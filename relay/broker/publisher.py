@@ -19,9 +19,10 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Final
 
-import pika
 import trio
+from pika.connection import Parameters
 
+from relay.broker.connect import Connect, Connector
 from relay.broker.session import Address, ConfirmChannel, Session
 from relay.broker.window import Window
 from relay.config import AmqpConfig, RouteConfig
@@ -41,9 +42,6 @@ from relay.protocol.wire import TYPE_ABORT, Message, encode_abort, encode_frame
 
 log = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT: Final = 10.0
-"""Seconds for name resolution and the TCP handshake."""
-
 DECLARE_TIMEOUT: Final = 30.0
 """Seconds for the AMQP handshake and the routes' queues."""
 
@@ -61,10 +59,6 @@ ABORT_TIMEOUT: Final = 15.0
 BACKOFF_FIRST: Final = 0.25
 BACKOFF_LAST: Final = 10.0
 """Seconds between attempts to connect: doubled each time, then jittered by half."""
-
-
-Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
-"""Opens a stream to a host and port, or raises OSError."""
 
 
 def backoff(attempt: int, jitter: float) -> float:
@@ -86,12 +80,16 @@ class Publisher:
         *,
         connect: Connect = trio.open_tcp_stream,
     ) -> None:
-        """Publish for ``routes``, whose queues it declares on each connection it makes."""
+        """Publish for ``routes``, whose queues it declares on each connection it makes.
+
+        Raises:
+            ConfigError: a URL or a TLS file cannot be used.
+        """
         self.config = config
         self.window = Window(config.window)
         self.connects = 0
         self._routes = routes
-        self._connect = connect
+        self._connector = Connector(config, name="relay", connect=connect)
         self._session: Session | None = None
         self._error: BrokerError = BrokerUnavailable("not connected to the broker yet")
         self._changed = trio.lowlevel.ParkingLot()
@@ -112,9 +110,9 @@ class Publisher:
 
     async def _stay_connected(self) -> None:
         attempt = 0
-        for url in itertools.cycle(self.config.urls):
+        for broker in itertools.cycle(self._connector.brokers):
             connects = self.connects
-            await self._run_session(self._parameters(url))
+            await self._run_session(broker)
             attempt = attempt + 1 if connects == self.connects else 0
             # Jitter, not secrecy.
             await trio.sleep(backoff(attempt, random.random()))  # noqa: S311
@@ -190,14 +188,12 @@ class Publisher:
             await self._changed.park()
         return self._session
 
-    async def _run_session(self, parameters: pika.connection.Parameters) -> None:
+    async def _run_session(self, parameters: Parameters) -> None:
         """Connect and stay until the connection ends."""
         try:
-            with trio.fail_after(CONNECT_TIMEOUT):
-                stream = await self._connect(parameters.host, parameters.port)
-        except (OSError, trio.TooSlowError) as exc:
-            reason = str(exc) or f"no answer within {CONNECT_TIMEOUT:g} s"
-            self._down(BrokerUnavailable(f"cannot connect to the broker: {reason}"), parameters)
+            stream = await self._connector.open(parameters)
+        except BrokerUnavailable as exc:
+            self._down(exc, parameters)
             return
         session = Session(parameters, stream)
         session.on_blocked_changed = self._on_blocked_changed
@@ -225,7 +221,7 @@ class Publisher:
                 # Its operator may have declared it otherwise on purpose; uploads may well work.
                 log.warning("route %s: queue %s: %s", route.name, route.queue.name, exc)
 
-    def _up(self, session: Session, parameters: pika.connection.Parameters) -> None:
+    def _up(self, session: Session, parameters: Parameters) -> None:
         self._session = session
         self.connects += 1
         log.info("connected to the broker at %s:%s", parameters.host, parameters.port)
@@ -233,7 +229,7 @@ class Publisher:
             self._on_blocked_changed()
         self._changed.unpark_all()
 
-    def _down(self, error: BrokerError, parameters: pika.connection.Parameters) -> None:
+    def _down(self, error: BrokerError, parameters: Parameters) -> None:
         if self._is_closing:
             log.info("disconnected from the broker")
         elif self._session is not None or str(error) != str(self._error):
@@ -254,12 +250,6 @@ class Publisher:
         log.warning("the broker %s", state)
         for publication in self._publications:
             publication.on_blocked_changed()
-
-    def _parameters(self, url: str) -> pika.connection.Parameters:
-        parameters = pika.URLParameters(url)
-        parameters.heartbeat = round(self.config.heartbeat)
-        parameters.client_properties = {"connection_name": "relay", "product": "relay"}
-        return parameters
 
 
 class Publication:

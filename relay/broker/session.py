@@ -346,4 +346,10 @@ def translate(reason: Exception) -> BrokerError:
         return BrokerUnavailable("the broker refused user name or password")
     if isinstance(reason, pika.exceptions.ProbableAccessDeniedError):
         return BrokerUnavailable("the broker refused access to the virtual host")
+    if isinstance(reason, pika.exceptions.AuthenticationError):
+        return BrokerUnavailable(f"the broker does not offer {reason} logins")
+    if isinstance(reason, pika.exceptions.IncompatibleProtocolError):
+        return BrokerUnavailable(
+            "the broker closed the connection without a word of AMQP; is its port one for TLS?"
+        )
     return BrokerUnavailable(f"no connection to the broker: {reason}")

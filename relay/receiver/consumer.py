@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Final
-from urllib.parse import urlsplit
 
-import pika
 import pika.exceptions
 import trio
 from pika.channel import Channel
@@ -24,7 +22,10 @@ from pika.connection import Connection, Parameters
 from pika.spec import Basic, BasicProperties
 
 from relay.broker.adapter import TrioConnection
+from relay.broker.connect import Connector
 from relay.broker.session import translate
+from relay.config import AmqpConfig, ConfigError, parse_amqp_url
+from relay.errors import BrokerUnavailable
 from relay.receiver import Receiver, Settlement
 from relay.receiver.files import FileSink, OutputInUse
 
@@ -40,8 +41,8 @@ LINGER: Final = 0.005
 IDLE: Final = 1.0
 """Seconds between two looks at what has expired while nothing comes."""
 
-CONNECT_TIMEOUT: Final = 15.0
-"""Seconds to connect, and again from there to the first delivery being possible."""
+OPEN_TIMEOUT: Final = 15.0
+"""Seconds from a stream to the broker to the first delivery being possible."""
 
 CLOSE_TIMEOUT: Final = 5.0
 """Seconds in which the broker takes the last acks; without them it delivers once more."""
@@ -63,7 +64,15 @@ _NOT_ALLOWED: Final = 530
 
 
 def receive(
-    *, url: str, queue: str, output: Path, count: int | None = None, prefetch: int = PREFETCH
+    *,
+    url: str,
+    queue: str,
+    output: Path,
+    count: int | None = None,
+    prefetch: int = PREFETCH,
+    ca_file: str = "",
+    certificate_file: str = "",
+    key_file: str = "",
 ) -> int:
     """Write the transfers that come from ``queue`` into directories below ``output``.
 
@@ -76,22 +85,25 @@ def receive(
         output: a directory, made if it is missing; one receiver at a time.
         count: None for no end.
         prefetch: deliveries to hold unacked, 2 to PREFETCH_MAX.
+        ca_file: as ``[amqp]`` has it, and so the next two.
+        certificate_file: a client certificate.
+        key_file: its key.
 
     Returns:
         The exit code: 0 for success, also when a signal ended it; 1 if it failed, or was stopped
-        before ``count`` was reached; 2 if the URL cannot be used.
+        before ``count`` was reached.
+
+    Raises:
+        ConfigError: the URL or a file for TLS cannot be used.
     """
     try:
-        if urlsplit(url).scheme not in ("amqp", "amqps"):
-            raise ValueError
-        parameters = pika.URLParameters(url)
-        # A name that cannot be one would otherwise fail only where connecting resolves it.
-        parameters.host.encode("idna")
-    except (ValueError, LookupError):
-        # pika's words may quote a password.
-        _say("--amqp: not an AMQP URL (amqp://user:password@host:port/vhost)")
-        return 2
-    parameters.client_properties = {"connection_name": "relay receive"}
+        parse_amqp_url(url)
+    except ValueError as exc:
+        raise ConfigError(f"--amqp: must be {exc}") from exc
+    config = AmqpConfig(
+        urls=(url,), ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
+    )
+    connector = Connector(config, name="relay receive", naming=_flag)
     try:
         sink = FileSink(output)
     except (OutputInUse, OSError) as exc:
@@ -99,7 +111,7 @@ def receive(
         return 1
     try:
         prefetch = min(max(prefetch, 2), PREFETCH_MAX)
-        consumer = _Consumer(parameters, queue, Receiver(sink), count, prefetch)
+        consumer = _Consumer(connector, queue, Receiver(sink), count, prefetch)
         return trio.run(consumer.run)
     finally:
         sink.close()
@@ -222,13 +234,13 @@ class _Consumer:
 
     def __init__(
         self,
-        parameters: Parameters,
+        connector: Connector,
         queue: str,
         receiver: Receiver,
         count: int | None,
         prefetch: int,
     ) -> None:
-        self._parameters = parameters
+        self._connector = connector
         self._queue = queue
         self._receiver = receiver
         self._count = count
@@ -259,12 +271,12 @@ class _Consumer:
 
     async def _consume_once(self) -> str | None:
         """One connection. Returns why there must be another, None if there must not."""
+        (broker,) = self._connector.brokers
         try:
-            with trio.fail_after(CONNECT_TIMEOUT):
-                stream = await _open_stream(self._parameters)
-        except (OSError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            return f"cannot connect to the broker: {str(exc) or 'timeout'}"
-        link = _Link(self._parameters, stream, self._queue, self._prefetch)
+            stream = await self._connector.open(broker)
+        except BrokerUnavailable as exc:
+            return str(exc)
+        link = _Link(broker, stream, self._queue, self._prefetch)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.run)
             try:
@@ -274,7 +286,7 @@ class _Consumer:
                     await link.close()
 
     async def _consume(self, link: _Link) -> str | None:
-        with trio.move_on_after(CONNECT_TIMEOUT):
+        with trio.move_on_after(OPEN_TIMEOUT):
             await link.wait_until(lambda: link.consuming)
         if link.error is None and not link.consuming:
             return "no answer from the broker"
@@ -335,17 +347,6 @@ class _Consumer:
         self._failed = True
 
 
-async def _open_stream(parameters: Parameters) -> trio.abc.Stream:
-    stream = await trio.open_tcp_stream(parameters.host, parameters.port)
-    options = parameters.ssl_options
-    if options is None:
-        return stream
-    server_name = options.server_hostname or parameters.host
-    secure = trio.SSLStream(stream, options.context, server_hostname=server_name)
-    await secure.do_handshake()
-    return secure
-
-
 async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
     async for _ in signals:
         scope.cancel()
@@ -362,6 +363,10 @@ def _report(settlement: Settlement) -> None:
             f"  {delivered.where}",
             flush=True,
         )
+
+
+def _flag(key: str) -> str:
+    return "--amqp" if key == "urls" else "--" + key.replace("_", "-")
 
 
 def _say(text: str) -> None:

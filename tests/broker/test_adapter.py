@@ -15,7 +15,7 @@ from pika import frame as amqp
 from pika import spec
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
-from relay.broker.adapter import TrioConnection
+from relay.broker.adapter import JOIN_SIZE, TrioConnection
 from tests.scripted_broker import Published, RelayGone, ScriptedBroker, patience
 
 FRAME_MAX = 4096
@@ -126,6 +126,41 @@ async def test_the_queue_counts_what_is_not_yet_written() -> None:
         assert it.connection.queued > 10_000
         await it.broker.published()
         assert it.connection.queued == 0
+
+
+class Gauge(trio.abc.Stream):
+    """A stream that is no socket, as TLS is none, and notes the size of each write."""
+
+    def __init__(self, stream: trio.abc.Stream) -> None:
+        self.sizes: list[int] = []
+        self._stream = stream
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        self.sizes.append(len(data))
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        return await self._stream.receive_some(max_bytes)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def test_a_stream_that_is_no_socket_gets_every_byte_in_bounded_writes() -> None:
+    ours, theirs = memory_stream_pair()
+    gauge = Gauge(ours)
+    async with opened(Line(gauge, ScriptedBroker(theirs, frame_max=1 << 20))) as it:
+        await it.open_channel()
+        bodies = [bytes([n]) * size for n, size in enumerate([1, 700_000, 40_000, 131_064] * 4)]
+        for body in bodies:
+            it.publish(1, body)
+        messages = await it.broker.published(len(bodies))
+    assert [message.body for message in messages] == bodies
+    assert max(gauge.sizes) == JOIN_SIZE
+    assert sum(size == JOIN_SIZE for size in gauge.sizes) == sum(map(len, bodies)) // JOIN_SIZE
 
 
 async def test_a_socket_that_takes_little_at_a_time_gets_every_byte_in_order() -> None:

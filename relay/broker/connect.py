@@ -1,0 +1,134 @@
+"""From an AMQP URL to a stream that pika's parameters go with: TCP, or TLS over it.
+
+``amqps`` means TLS to that broker, or no connection: nothing here falls back to plaintext. What
+is said over the stream, and when to try again, is for others to know.
+"""
+
+import ssl
+from collections.abc import Awaitable, Callable
+from typing import Final
+from urllib.parse import parse_qs, urlsplit
+
+import pika
+import pika.credentials
+import trio
+from pika.connection import Parameters
+
+from relay.broker import tls
+from relay.config import AmqpConfig, ConfigError, logs_in_by_certificate
+from relay.errors import BrokerUnavailable
+
+CONNECT_TIMEOUT: Final = 10.0
+"""Seconds for name resolution and the handshakes of TCP and TLS."""
+
+Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
+"""Opens a stream to a host and port, or raises OSError."""
+
+
+class Connector:
+    """Opens streams to the brokers of one configuration.
+
+    Attributes:
+        brokers: pika's parameters for each URL, in order; ``ssl_options`` is set for amqps.
+    """
+
+    def __init__(
+        self,
+        config: AmqpConfig,
+        *,
+        name: str,
+        connect: Connect = trio.open_tcp_stream,
+        naming: tls.Naming = "amqp.{}".format,
+    ) -> None:
+        """Understand the URLs and try the files.
+
+        Args:
+            config: URLs, heartbeat and TLS files count.
+            name: what the broker shows the connection as.
+            connect: opens what is below TLS.
+            naming: what errors call a key.
+
+        Raises:
+            ConfigError: naming the key, and never quoting a URL, for the password in it.
+        """
+        self._config = config
+        self._connect = connect
+        self._naming = naming
+        self.brokers = tuple(self._parameters(url, name) for url in config.urls)
+        if any(broker.ssl_options for broker in self.brokers):
+            tls.client_context(config, naming)
+        else:
+            # Whoever gives certificates believes that the connection is secure.
+            for key in tls.FILES:
+                if getattr(config, key):
+                    raise ConfigError(f"{naming(key)}: no URL in {naming('urls')} is amqps")
+
+    async def open(self, broker: Parameters) -> trio.abc.Stream:
+        """A stream to one of ``brokers``, ready for AMQP; with TLS, the broker is verified.
+
+        Raises:
+            BrokerUnavailable: saying what an operator must know.
+        """
+        step = "no answer"
+        try:
+            with trio.fail_after(CONNECT_TIMEOUT):
+                if broker.ssl_options is None:
+                    return await self._connect(broker.host, broker.port)
+                context = await self._context()
+                stream = await self._connect(broker.host, broker.port)
+                step = "no end of the TLS handshake"
+                return await _secured(stream, context, broker.host)
+        except trio.TooSlowError as exc:
+            reason = f"{step} within {CONNECT_TIMEOUT:g} s"
+            raise BrokerUnavailable(f"cannot connect to the broker: {reason}") from exc
+        except (OSError, ConfigError) as exc:
+            raise BrokerUnavailable(f"cannot connect to the broker: {exc}") from exc
+
+    async def _context(self) -> ssl.SSLContext:
+        # In a thread, because parsing the system's CAs takes 50 ms.
+        return await trio.to_thread.run_sync(
+            tls.client_context, self._config, self._naming, abandon_on_cancel=True
+        )
+
+    def _parameters(self, url: str, name: str) -> Parameters:
+        key = self._naming("urls")
+        try:
+            parts = urlsplit(url)
+            if parts.scheme not in ("amqp", "amqps") or not parts.hostname:
+                raise ValueError
+            parts.hostname.encode("idna")
+            parameters = pika.URLParameters(url)
+        except (LookupError, TypeError, ValueError) as exc:
+            # Their words may quote a password.
+            example = "amqps://user:password@host:port/vhost"
+            raise ConfigError(f"{key}: not an AMQP URL (amqp or {example})") from exc
+        if "ssl_options" in parse_qs(parts.query):
+            # pika takes it, among others, as leave not to verify.
+            raise ConfigError(f"{key}: no ssl_options in a URL; {self._naming('ca_file')} and such")
+        if logs_in_by_certificate(url, self._config):
+            parameters.credentials = pika.credentials.ExternalCredentials()
+        parameters.heartbeat = round(self._config.heartbeat)
+        parameters.client_properties = {"connection_name": name, "product": "relay"}
+        return parameters
+
+
+async def _secured(
+    stream: trio.abc.Stream, context: ssl.SSLContext, host: str
+) -> trio.SSLStream[trio.abc.Stream]:
+    """``stream`` with TLS on it; closed if that fails.
+
+    Raises:
+        BrokerUnavailable: the handshake failed.
+    """
+    # The host goes out as server name (SNI), unless it is an address, and is what to verify.
+    secured = trio.SSLStream(stream, context, server_hostname=host)
+    try:
+        await secured.do_handshake()
+    except trio.BrokenResourceError as exc:
+        await trio.aclose_forcefully(stream)
+        cause = exc.__cause__ if isinstance(exc.__cause__, Exception) else exc
+        raise BrokerUnavailable(f"no TLS with the broker: {tls.explain(cause)}") from exc
+    except BaseException:
+        await trio.aclose_forcefully(stream)
+        raise
+    return secured
