@@ -43,7 +43,9 @@ TABLE = """
                            |                         |
     broker.publisher       | trio pika               | transfer
     broker.session         | trio pika               | transfer
-    broker.adapter         | trio pika               | all
+    broker.connect         | trio pika               | all but broker.tls config errors
+    broker.adapter         | trio pika               | all but broker.tls
+    broker.tls             |                         | all but config
     broker.content_header  | pika                    | all but protocol.wire
     broker.window          |                         | all
                            |                         |
