@@ -343,7 +343,9 @@ def translate(reason: Exception) -> BrokerError:
         text = f"{reason.reply_code} {reason.reply_text}"
         return BrokerUnavailable(f"the broker closed the connection: {text}")
     if isinstance(reason, pika.exceptions.ProbableAuthenticationError):
-        return BrokerUnavailable("the broker refused the user name, password or certificate")
+        return BrokerUnavailable(
+            "the broker refused the login: wrong user name or password, or a certificate of no user"
+        )
     if isinstance(reason, pika.exceptions.ProbableAccessDeniedError):
         return BrokerUnavailable("the broker refused access to the virtual host")
     if isinstance(reason, pika.exceptions.AuthenticationError):
