@@ -9,6 +9,7 @@ from pika.spec import Basic, Connection
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from relay.broker import publisher as publishing
+from relay.broker.connect import CONNECT_TIMEOUT
 from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown
 from relay.model import Abort
 from tests.broker.attempt import FRAME, Relay, running, seqs
@@ -532,7 +533,7 @@ async def test_a_connection_that_nobody_answers_is_given_up(autojump_clock: Mock
 
     network = Silent()
     async with running(network) as relay:
-        await trio.sleep(publishing.CONNECT_TIMEOUT + publishing.BACKOFF_FIRST * 2 + 1)
+        await trio.sleep(CONNECT_TIMEOUT + publishing.BACKOFF_FIRST * 2 + 1)
         assert len(network.attempts) == 2
         assert "no answer within 10 s" in str(relay.publisher.refusal())
 
