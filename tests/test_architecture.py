@@ -42,6 +42,7 @@ TABLE = """
     server.responses       |                         | broker transfer protocol
                            |                         |
     broker.publisher       | trio pika               | transfer
+    broker.publication     | trio                    | transfer
     broker.session         | trio pika               | transfer
     broker.connect         | trio pika               | all but broker.tls config errors
     broker.adapter         | trio pika               | all but broker.tls

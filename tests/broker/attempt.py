@@ -6,7 +6,8 @@ from contextlib import asynccontextmanager
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from relay.broker.publisher import Publication, Publisher
+from relay.broker.publication import Publication
+from relay.broker.publisher import Publisher
 from relay.config import AmqpConfig, RouteConfig
 from relay.errors import RelayError
 from relay.model import Frame, PartHead, Transfer

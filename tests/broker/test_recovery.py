@@ -5,11 +5,12 @@ import itertools
 import pytest
 import trio
 from pika import frame as amqp
-from pika.spec import Basic, Connection
+from pika.spec import Basic, Channel, Connection
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from relay.broker import publisher as publishing
 from relay.broker.connect import CONNECT_TIMEOUT
+from relay.broker.publication import ABORT_TIMEOUT
 from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown
 from relay.model import Abort
 from tests.broker.attempt import FRAME, Relay, running, seqs
@@ -310,6 +311,28 @@ async def test_a_commit_frame_is_published_again_and_can_still_succeed(
         assert await upload.outcome() is None
 
 
+@pytest.mark.parametrize("whole_connection", [True, False])
+async def test_a_commit_frame_that_is_confirmed_with_the_last_words_is_safe(
+    whole_connection: bool, autojump_clock: MockClock
+) -> None:
+    network = Network()
+    async with running(network, reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2)
+        commit = await commit_frame(relay, broker)
+        network.is_down = True
+        # Both come in one read, before the upload's task can run in between.
+        ack = amqp.Method(commit.channel, Basic.Ack(commit.tag)).marshal()
+        if whole_connection:
+            goodbye = amqp.Method(0, Connection.Close(320, "CONNECTION_FORCED", 0, 0)).marshal()
+        else:
+            refusal = Channel.Close(406, "PRECONDITION_FAILED", 0, 0)
+            goodbye = amqp.Method(commit.channel, refusal).marshal()
+        await broker.send_bytes(ack + goodbye)
+        assert await upload.outcome() is None
+        relay.assert_nothing_is_held()
+
+
 async def test_a_broker_lost_after_the_commit_frame_leaves_the_outcome_unknown(
     autojump_clock: MockClock,
 ) -> None:
@@ -425,7 +448,7 @@ async def test_an_abort_that_finds_no_broker_is_given_up(autojump_clock: MockClo
         network.is_down = True
         await broker.cut()
         await upload.outcome()
-        await trio.sleep(publishing.ABORT_TIMEOUT + 1)
+        await trio.sleep(ABORT_TIMEOUT + 1)
         network.is_down = False
         broker = await relay.broker()
         await broker.silence()
