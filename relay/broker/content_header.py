@@ -12,10 +12,7 @@ from pika.compat import long
 from pika.frame import Header
 from pika.spec import FRAME_END, FRAME_HEADER, BasicProperties
 
-from relay.protocol.wire import APP_ID, CONTENT_TYPE, LONG_HEADERS, Message
-
-_PLAIN_HEADERS: Final = 5
-"""relay, seq, part, offset, crc32c: what ``wire.encode_frame`` puts on every frame, in order."""
+from relay.protocol.wire import APP_ID, CONTENT_TYPE, LONG_HEADERS, PLAIN_HEADERS, Message
 
 _FLAGS: Final = (
     BasicProperties.FLAG_CONTENT_TYPE
@@ -69,7 +66,7 @@ class HeaderMarshaller:
 
     def marshal(self, message: Message) -> bytes:
         """The AMQP header frame that goes between basic.publish and the body."""
-        if len(message.headers) != _PLAIN_HEADERS:
+        if len(message.headers) != PLAIN_HEADERS:
             properties = properties_of(message, self._delivery_mode)
             return Header(self._channel_number, len(message.body), properties).marshal()
         key = (message.correlation_id, message.timestamp, message.type)
@@ -77,6 +74,7 @@ class HeaderMarshaller:
             self._prepare(message)
             self._key = key
         message_id = message.message_id.encode()
+        # In the order in which wire.encode_frame puts them.
         relay, seq, part, offset, crc32c = message.headers.values()
         n_relay, n_seq, n_part, n_offset, n_crc32c = _NAMES
         return b"".join(

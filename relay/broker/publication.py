@@ -32,7 +32,7 @@ from relay.errors import (
 )
 from relay.model import Frame, Transfer
 from relay.protocol.confirms import Outcome
-from relay.protocol.wire import TYPE_ABORT, Message, encode_abort, encode_frame
+from relay.protocol.wire import PLAIN_HEADERS, TYPE_ABORT, Message, encode_abort, encode_frame
 
 log = logging.getLogger(__name__)
 
@@ -351,6 +351,8 @@ class Publication:
         """
         if message.type == TYPE_ABORT:
             return 0
+        if len(message.headers) == PLAIN_HEADERS:
+            return max(len(message.body), MESSAGE_COST)
         text = sum(len(value) for value in message.headers.values() if isinstance(value, str))
         size = max(len(message.body), MESSAGE_COST + CHARACTER_COST * text)
         return min(size, self._config.upload_window)

@@ -21,6 +21,9 @@ TYPE_ABORT: Final = "abort"
 LONG_HEADERS: Final = frozenset({"seq", "offset", "crc32c", "size", "frames", "parts", "bytes"})
 """Headers whose AMQP type is always ``long`` (signed 64 bits), however small the value."""
 
+PLAIN_HEADERS: Final = 5
+"""Number of headers that every frame has; those in the middle of a part have no others."""
+
 HeaderValue = int | str | bool | Mapping[str, str]
 Headers = Mapping[str, HeaderValue]
 

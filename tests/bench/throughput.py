@@ -2,7 +2,8 @@
 
 Frames go to an exchange without bindings, so that the broker's share is smallest and the relay's
 largest. Machines are noisy and differ: the ratio is the figure to compare, taken from rounds in
-which pump and relay alternate. ``./dev bench throughput [--gib N] [--rounds N]``.
+which pump and relay alternate.
+``./dev bench throughput [--gib N] [--rounds N] [--frame-size BYTES]``.
 """
 
 import argparse
@@ -25,6 +26,7 @@ CONFIG: Final = """
 [routes.bench]
 exchange = "amq.fanout"
 mandatory = false
+frame_size = {frame_size}
 """
 TARGET: Final = 3.0
 """Ratio to the pump that the README promises to stay under."""
@@ -90,12 +92,14 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./dev bench throughput", description=__doc__)
     parser.add_argument("--gib", type=int, default=2, help="GiB per run (default 2)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
+    parser.add_argument("--frame-size", type=int, default=131064, help="bytes (default 131064)")
     options = parser.parse_args(argv)
+    config = CONFIG.format(frame_size=options.frame_size)
     runs: dict[str, list[Measured]] = {"pump": [], "relay, form": [], "relay, raw": []}
     with (
         tempfile.TemporaryDirectory(prefix="relay-bench-") as directory,
         RabbitMQNode() as node,
-        Daemon(node.url, CONFIG, directory=Path(directory)) as daemon,
+        Daemon(node.url, config, directory=Path(directory)) as daemon,
         Pump() as pump,
     ):
         senders = {
