@@ -149,9 +149,17 @@ class Unroutable(BrokerError):
 
 
 class BrokerRefused(BrokerError):
-    """The broker closed the channel: exchange missing, access refused, message too large."""
+    """The broker closed the channel: exchange missing, access refused, message too large.
+
+    Attributes:
+        reply_code: AMQP's, such as 404; 0 if relay itself knew that it would be refused.
+    """
 
     code = "broker-refused"
+
+    def __init__(self, detail: str, *, reply_code: int = 0) -> None:
+        super().__init__(detail)
+        self.reply_code = reply_code
 
 
 class BrokerUnavailable(BrokerError):

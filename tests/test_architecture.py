@@ -26,6 +26,7 @@ TABLE = """
     demo.rabbitmq          |                         | all
     client                 | trio h11 tqdm           | daemon receiver server broker transfer
     daemon                 | trio prometheus_client  | receiver
+    check                  | trio                    | receiver server protocol
     allocator              |                         | all
                            |                         |
     receiver.consumer      | trio pika               | server transfer
@@ -43,6 +44,8 @@ TABLE = """
                            |                         |
     broker.publisher       | trio pika               | transfer
     broker.publication     | trio                    | transfer
+    broker.routes          | trio                    | transfer
+    broker.queues          |                         | transfer protocol
     broker.session         | trio pika               | transfer
     broker.connect         | trio pika               | all but broker.tls config errors
     broker.adapter         | trio pika               | all but broker.tls

@@ -35,6 +35,19 @@ BACKOFF_LAST: Final = 10.0
 """Seconds between attempts to connect: doubled each time, then jittered by half."""
 
 
+Refusals = Mapping[str, BrokerRefused]
+"""Why queues could not be declared, by the name of the route."""
+
+Verify = Callable[[Session, Refusals], Awaitable[None]]
+"""Looks at the routes on a session that is in use, and tells of what it finds."""
+
+
+async def log_refusals(_session: Session, refusals: Refusals) -> None:
+    """The least there is to say of routes."""
+    for route, error in refusals.items():
+        log.warning("route %s: its queue is not declared: %s", route, error)
+
+
 def backoff(attempt: int, jitter: float) -> float:
     """Seconds to wait before attempt number ``attempt`` (0: the first after a failure).
 
@@ -53,8 +66,12 @@ class Publisher:
         routes: Mapping[str, RouteConfig],
         *,
         connect: Connect = trio.open_tcp_stream,
+        verify: Verify = log_refusals,
     ) -> None:
         """Publish for ``routes``, whose queues it declares on each connection it makes.
+
+        ``verify`` is run on each connection, beside the uploads, and cancelled when it ends.
+        ``on_down`` may be set to be told of each connection that is lost or did not come about.
 
         Raises:
             ConfigError: a URL or a TLS file cannot be used.
@@ -64,6 +81,8 @@ class Publisher:
         self.connects = 0
         self._routes = routes
         self._connector = Connector(config, name="relay", connect=connect)
+        self._verify = verify
+        self.on_down: Callable[[BrokerError], None] = lambda _: None
         self._session: Session | None = None
         self._error: BrokerError = BrokerUnavailable("not connected to the broker yet")
         self._changed = trio.lowlevel.ParkingLot()
@@ -176,16 +195,19 @@ class Publisher:
             try:
                 with trio.fail_after(DECLARE_TIMEOUT):
                     await session.wait_open()
-                    await self._declare(session)
+                    refusals = await self._declare(session)
             except (BrokerUnavailable, trio.TooSlowError) as exc:
                 session.abort(str(exc) or f"queues not declared within {DECLARE_TIMEOUT:g} s")
             else:
                 self._up(session, parameters)
+                nursery.start_soon(self._verify, session, refusals)
             await session.closed.wait()
+            nursery.cancel_scope.cancel()
         assert session.error is not None
         self._down(session.error, parameters)
 
-    async def _declare(self, session: Session) -> None:
+    async def _declare(self, session: Session) -> Refusals:
+        refusals = {}
         for route in self._routes.values():
             if route.queue is None:
                 continue
@@ -193,7 +215,8 @@ class Publisher:
                 await session.declare(route.queue)
             except BrokerRefused as exc:
                 # Its operator may have declared it otherwise on purpose; uploads may well work.
-                log.warning("route %s: queue %s: %s", route.name, route.queue.name, exc)
+                refusals[route.name] = exc
+        return refusals
 
     def _up(self, session: Session, parameters: Parameters) -> None:
         self._session = session
@@ -212,6 +235,7 @@ class Publisher:
         self._error = error
         self.blocked_since = None
         self._session = None
+        self.on_down(error)
 
     def _on_blocked_changed(self) -> None:
         if self._session is None:  # not up yet

@@ -5,7 +5,7 @@ What to do when a session dies is ``publisher.py``'s business.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -239,16 +239,64 @@ class Session:
         Raises:
             BrokerRefused: it exists with other properties, or may not be declared.
         """
+        await self.declare_as(queue.name, {"x-queue-type": queue.type, **queue.arguments})
+
+    async def declare_as(
+        self,
+        name: str,
+        arguments: Mapping[str, str | int | bool],
+        *,
+        durable: bool = True,
+        auto_delete: bool = False,
+    ) -> None:
+        """Declare a queue with exactly these properties.
+
+        Raises:
+            BrokerRefused: it exists with other properties (406, naming the first that differs),
+                or may not be declared.
+        """
+        await self._ask(
+            f"declaring queue {name}",
+            lambda channel, answered: channel.queue_declare(
+                name,
+                durable=durable,
+                auto_delete=auto_delete,
+                arguments=dict(arguments),
+                callback=answered,
+            ),
+        )
+
+    async def find_queue(self, name: str) -> None:
+        """Make sure that a queue exists, which needs no permission, and change nothing.
+
+        Raises:
+            BrokerRefused: it does not (404), or another connection has it for itself (405).
+        """
+        await self._ask(
+            f"looking for queue {name}",
+            lambda channel, answered: channel.queue_declare(name, passive=True, callback=answered),
+        )
+
+    async def find_exchange(self, name: str) -> None:
+        """Make sure that an exchange other than the default one exists, and change nothing.
+
+        Raises:
+            BrokerRefused: it does not (404).
+        """
+        await self._ask(
+            f"looking for exchange {name}",
+            lambda channel, answered: channel.exchange_declare(
+                name, passive=True, callback=answered
+            ),
+        )
+
+    async def _ask(self, doing: str, ask: Callable[[Channel, Callable[..., None]], object]) -> None:
+        """One synchronous method on a channel of its own, because a refusal closes it."""
         channel = await self._open_channel()
         reply = _Reply()
         channel.add_on_close_callback(lambda _, reason: reply.fail(translate(reason)))
-        channel.queue_declare(
-            queue.name,
-            durable=True,
-            arguments={"x-queue-type": queue.type, **queue.arguments},
-            callback=reply.set,
-        )
-        await self._wait(reply, f"declaring queue {queue.name}")
+        ask(channel, reply.set)
+        await self._wait(reply, doing)
         channel.close()
 
     async def _open_channel(self) -> Channel:
@@ -334,7 +382,8 @@ class _Reply:
 def translate(reason: Exception) -> BrokerError:
     """Make pika's exception relay's: refused if the broker closed a channel, else unavailable."""
     if isinstance(reason, pika.exceptions.ChannelClosedByBroker):
-        return BrokerRefused(f"the broker refused: {reason.reply_code} {reason.reply_text}")
+        text = f"{reason.reply_code} {reason.reply_text}"
+        return BrokerRefused(f"the broker refused: {text}", reply_code=reason.reply_code)
     if isinstance(reason, pika.exceptions.NoFreeChannels):
         return BrokerRefused("the broker allows no further channel on this connection")
     if isinstance(reason, pika.exceptions.ConnectionClosedByClient):

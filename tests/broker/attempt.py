@@ -7,7 +7,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from relay.broker.publication import Publication
-from relay.broker.publisher import Publisher
+from relay.broker.publisher import Publisher, Verify, log_refusals
 from relay.config import AmqpConfig, RouteConfig
 from relay.errors import RelayError
 from relay.model import Frame, PartHead, Transfer
@@ -154,7 +154,10 @@ class Relay:
 
 @asynccontextmanager
 async def running(
-    network: Network, *routes: RouteConfig, **config: float | tuple[str, ...]
+    network: Network,
+    *routes: RouteConfig,
+    verify: Verify = log_refusals,
+    **config: float | tuple[str, ...],
 ) -> AsyncGenerator[Relay, None]:
     """A publisher that runs for the length of the block, without heartbeats unless asked for.
 
@@ -162,7 +165,7 @@ async def running(
     """
     amqp = AmqpConfig(**{"heartbeat": 0.0, **config})  # type: ignore[arg-type]
     by_name = {route.name: route for route in routes or (ROUTE,)}
-    publisher = Publisher(amqp, by_name, connect=network.connect)
+    publisher = Publisher(amqp, by_name, connect=network.connect, verify=verify)
     with patience():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(publisher.run)
