@@ -44,6 +44,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(arguments: argparse.Namespace) -> int:
+    from relay.check import check
+
+    return check(load(arguments.config), show=arguments.show)
+
+
 def _receive(arguments: argparse.Namespace) -> int:
     from relay.receiver.consumer import receive
 
@@ -96,6 +102,24 @@ def _parser() -> argparse.ArgumentParser:
         help='health and metrics; "" turns them off (default 127.0.0.1:8481)',
     )
     serve.set_defaults(run=_serve)
+
+    check = commands.add_parser(
+        "check",
+        help="verify the configuration and the broker's side of each route",
+        description="Validate the file, connect to each broker as the daemon would, and verify"
+        " each route: exchange, queue (declared, as the daemon does), bindings (by an abort frame"
+        " of no transfer, which consumers ignore), permissions, and what could lose confirmed"
+        " frames. One line for each problem, with what to do.",
+        epilog="Exit codes: 0 no error (there may be warnings), 1 an error, 2 the configuration"
+        " is wrong. Not visible over AMQP: what policies set, and the queues behind an exchange.",
+    )
+    check.add_argument("--config", metavar="FILE", type=Path, help="TOML; default: no file")
+    check.add_argument(
+        "--show",
+        action="store_true",
+        help="print the effective configuration as TOML, passwords masked",
+    )
+    check.set_defaults(run=_check)
 
     receive = commands.add_parser(
         "receive",

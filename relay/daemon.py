@@ -7,6 +7,7 @@ the waiting.
 """
 
 import logging
+import math
 import os
 import resource
 import signal
@@ -17,18 +18,26 @@ from prometheus_client import Metric
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
 from relay import __version__, allocator
-from relay.broker.publisher import Publisher
+from relay.broker.publisher import Publisher, Refusals
+from relay.broker.routes import Severity, verify_routes
+from relay.broker.session import Session
 from relay.config import Config
+from relay.errors import BrokerError
 from relay.logs import fields
 from relay.server import listeners
 from relay.server.admin import AdminHandler
 from relay.server.handler import UploadHandler
 from relay.server.uploads import Uploads
+from relay.transfer import new_transfer_id
 
 log = logging.getLogger(__name__)
 
 ADMIN_CONNECTIONS = 32
 """Admin connections at once: scrapers and probes, never clients."""
+
+VERIFY_PAUSE = 10.0
+"""Seconds between two verifications of the routes, at least: a connection that comes and goes must
+not fill queues with probes, nor the log with what they find."""
 
 GOODBYE = 2.0
 """Seconds for last responses and the AMQP goodbye, once no upload is left."""
@@ -53,7 +62,8 @@ class Daemon:
         self._config = config
         self._accepting = trio.CancelScope()
         self._uploads = Uploads(config.http.max_uploads)
-        self._publisher = Publisher(config.amqp, config.routes)
+        self._publisher = Publisher(config.amqp, config.routes, verify=self.verify)
+        self._verify_at = -math.inf
         self._handler = UploadHandler(config.http, config.routes, self._publisher, self._uploads)
         self._admin = AdminHandler(
             config.http, self._uploads, self._publisher.refusal, self._metrics
@@ -99,6 +109,20 @@ class Daemon:
             await listeners.serve(
                 admin_listeners, self._admin.serve, limit=ADMIN_CONNECTIONS, nursery=nursery
             )
+
+    async def verify(self, session: Session, refusals: Refusals) -> None:
+        """Log what is wrong with the routes; meanwhile uploads go on, and may well work."""
+        await trio.sleep_until(self._verify_at)
+        self._verify_at = trio.current_time() + VERIFY_PAUSE
+        routes = self._config.routes.values()
+        try:
+            findings = await verify_routes(session, routes, refusals, new_transfer_id())
+        except BrokerError as exc:
+            log.info("routes are not verified: %s", exc)
+            return
+        for finding in findings:
+            if finding.severity is not Severity.NOTE:
+                log.warning("%s", finding)
 
     async def _stop(self, scope: trio.CancelScope) -> None:
         self._accepting.cancel()
