@@ -176,7 +176,7 @@ class MemoryClient:
 
 @asynccontextmanager
 async def connected(
-    serve: Serve, new_pair: NewPair = memory_stream_pair, *, patience: float = 600.0
+    serve: Serve, new_pair: NewPair = memory_stream_pair, *, patience: float = 120.0
 ) -> AsyncGenerator[MemoryClient, None]:
     """A client of ``serve``, which must return by itself once the client has hung up.
 

@@ -162,7 +162,9 @@ class RawConnection:
 
     def has_answer(self) -> bool:
         """Whether there is anything to receive, without waiting for it."""
-        return bool(select.select([self._socket], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(0))
 
     def at_end(self) -> bool:
         """Whether the daemon has ended the connection, with nothing left to read."""

@@ -82,6 +82,7 @@ class TrioConnection(Connection):
         self._nursery: trio.Nursery | None = None
         self._lost: Exception | None = None
         self._on_ack: dict[int, OnAck] = {}
+        self.last_heard = trio.current_time()
         super().__init__(
             parameters,
             on_open_callback=on_open,
@@ -163,6 +164,7 @@ class TrioConnection(Connection):
     async def _read(self) -> None:
         try:
             while data := await self._stream.receive_some(READ_SIZE):
+                self.last_heard = trio.current_time()
                 self._on_data_available(self._take_acks(bytes(data)))
                 # pika collects a frame of any size, up to 4 GiB, without asking what was agreed.
                 if len(self._frame_buffer) > self.params.frame_max:

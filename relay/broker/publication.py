@@ -201,7 +201,7 @@ class Publication:
             with trio.move_on_at(self._deadline()) as scope:
                 await self._changed.park()
             if scope.cancelled_caught:
-                self._fail(self._overdue())
+                await self._give_up_waiting()
 
     def _deadline(self) -> float:
         if self._channel is None:
@@ -212,6 +212,17 @@ class Publication:
         if not self._outstanding:
             return math.inf  # others hold the window, and each of them has a deadline
         return self._progress + self._config.confirm_timeout
+
+    async def _give_up_waiting(self) -> None:
+        session = self._session
+        is_blocked = self._publisher.blocked_since is not None
+        if session is not None and not is_blocked and session.last_heard <= self._progress:
+            # Not even a heartbeat: a half-open connection, or a broker that stands still. What was
+            # published on it is taken to another connection, as after any loss.
+            session.abort(f"nothing was heard of it for {self._config.confirm_timeout:g} s")
+            await session.closed.wait()
+        else:
+            self._fail(self._overdue())
 
     def _overdue(self) -> BrokerError:
         if self._commit is not None:

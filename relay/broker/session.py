@@ -179,6 +179,11 @@ class Session:
         return self.opened.is_set() and not self.closed.is_set()
 
     @property
+    def last_heard(self) -> float:
+        """When the broker last sent anything, by trio's clock."""
+        return self._connection.last_heard
+
+    @property
     def queued(self) -> int:
         """Bytes waiting to be written to the socket."""
         return self._connection.queued

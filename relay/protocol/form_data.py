@@ -170,11 +170,11 @@ class _Parser(multipart.PushMultipartParser):
     """The library's parser, through the hooks it has for subclasses."""
 
     def __init__(self, boundary: str, max_parts: int, max_part_header_bytes: int) -> None:
-        # Two bytes above our own limit: whether the library sees an overlong line depends on how
-        # the bytes were cut, so ours must always be the first to be reached.
+        # The library's limit only keeps a line without end from filling the memory: whether it sees
+        # one that is too long depends on how the bytes were cut.
         super().__init__(
             boundary,
-            max_header_size=max_part_header_bytes + 2,
+            max_header_size=max_part_header_bytes,
             max_header_count=max_part_header_bytes,
             strict=True,
         )

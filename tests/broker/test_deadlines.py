@@ -31,6 +31,8 @@ async def test_an_upload_whose_confirms_stay_away_fails(
         upload = relay.attempt(count)
         out = min(count - 1, 9)
         messages = await broker.published(out)
+        await trio.sleep(TIMEOUT / 2)
+        await broker.heartbeat()
         error = await upload.outcome()
         assert isinstance(error, ConfirmTimeout)
         assert trio.current_time() == pytest.approx(TIMEOUT, abs=1)
@@ -98,11 +100,49 @@ async def test_a_commit_frame_whose_confirm_stays_away_leaves_the_outcome_unknow
         broker = await relay.broker()
         upload = relay.attempt(1)
         (commit,) = await broker.published()
+        await trio.sleep(TIMEOUT / 2)
+        await broker.heartbeat()
         assert isinstance(await upload.outcome(), OutcomeUnknown)
         assert trio.current_time() == pytest.approx(TIMEOUT, abs=1)
         # No abort, only the end of the channel.
         assert await broker.accept_close() == commit.channel
         await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
+
+
+# --- a broker that says nothing at all ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 20], ids=["commit frame", "before it", "room"])
+async def test_a_silent_broker_is_left_and_the_upload_goes_on_elsewhere(
+    count: int, autojump_clock: MockClock
+) -> None:
+    async with running(Network(), confirm_timeout=TIMEOUT, upload_window=9 * FRAME) as relay:
+        silent = await relay.broker()
+        upload = relay.attempt(count)
+        out = min(max(count - 1, 1), 9)
+        first = [message.decode() for message in await silent.published(out)]
+        broker = await relay.broker()
+        assert trio.current_time() == pytest.approx(TIMEOUT, abs=1)
+        again = await broker.published(out)
+        assert [message.decode() for message in again] == first
+        await broker.confirm(*again)
+        for _ in range(count - out):
+            await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+
+
+async def test_a_silent_broker_that_stays_silent_is_an_error_after_the_grace(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, confirm_timeout=TIMEOUT, reconnect_grace=BLOCKED_GRACE) as relay:
+        silent = await relay.broker()
+        upload = relay.attempt(3)
+        await silent.published(2)
+        network.is_down = True
+        assert isinstance(await upload.outcome(), BrokerUnavailable)
+        assert trio.current_time() == pytest.approx(TIMEOUT + BLOCKED_GRACE, abs=1)
         relay.assert_nothing_is_held()
 
 

@@ -247,6 +247,8 @@ async def test_a_returned_frame_without_an_ack_is_not_a_success(
         upload = relay.attempt(2)
         (message,) = await broker.published()
         await broker.give_back(message)
+        await trio.sleep(30)
+        await broker.heartbeat()
         assert isinstance(await upload.outcome(), ConfirmTimeout)
         assert trio.current_time() == pytest.approx(60, abs=1)
 

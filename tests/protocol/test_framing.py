@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.model import Frame, PartHead, PartTail, Receipt, Totals, Transfer
-from relay.protocol.framing import Framer, PartDigest, crc32c
+from relay.protocol.framing import RECEIPT_TEXT, Framer, PartDigest, crc32c
 
 N = 8
 """A frame size at which every boundary is near."""
@@ -262,3 +262,17 @@ def test_a_receipt_lists_the_first_parts_and_counts_the_rest(listed: int) -> Non
     assert [part.tail.size for part in run.receipt.parts] == [3, 0, 20][:listed]
     assert run.receipt.parts_omitted == max(0, 3 - listed)
     assert run.receipt.totals == Totals(5, 3, 23)
+
+
+def test_a_receipt_does_not_grow_with_the_names_of_its_parts() -> None:
+    run = new_run()
+    third = "x" * (RECEIPT_TEXT // 3)
+    run.part([b"a"], PartHead(name=third))
+    run.part([b"b"], PartHead(name="b", filename=third))
+    run.part([b"c"], PartHead(name="c", content_type=third))
+    run.part([b"d"], PartHead(name="d"))
+    run.finish()
+    assert run.receipt is not None
+    # Those that are listed are the first ones: a short name does not slip in behind a long one.
+    assert [part.part for part in run.receipt.parts] == [0, 1]
+    assert run.receipt.parts_omitted == 2

@@ -76,7 +76,7 @@ class Server:
 
     @asynccontextmanager
     async def client(
-        self, new_pair: NewPair = memory_stream_pair, *, patience: float = 600.0
+        self, new_pair: NewPair = memory_stream_pair, *, patience: float = 120.0
     ) -> AsyncGenerator[MemoryClient, None]:
         async with connected(self.handler.serve, new_pair, patience=patience) as client:
             yield client
@@ -251,20 +251,22 @@ async def test_a_client_that_asks_for_it_gets_its_connection_closed(
 ) -> None:
     data = put(b"one").replace(b"\r\n\r\n", b"\r\n" + line + b"\r\n\r\n", 1)
     async with server.client() as client:
-        await client.send(data)
+        await client.send(data + put(b"two"))
         await client.stream.send_eof()
         answer = await client.answer()
         assert (answer.status, answer.closes) == (201, True)
         assert await client.ends()
+    assert server.sink.body == b"one"
 
 
 async def test_http_10_is_answered_and_closed(server: Server) -> None:
     async with server.client() as client:
-        await client.send(put(b"one").replace(b"HTTP/1.1", b"HTTP/1.0"))
+        await client.send(put(b"one").replace(b"HTTP/1.1", b"HTTP/1.0") + put(b"two"))
         await client.stream.send_eof()
         answer = await client.answer()
         assert (answer.status, answer.closes) == (201, True)
         assert await client.ends()
+    assert server.sink.body == b"one"
 
 
 async def test_no_request_is_answered_after_a_connection_was_said_to_close(server: Server) -> None:

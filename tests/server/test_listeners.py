@@ -146,19 +146,19 @@ async def test_a_live_socket_of_another_kind_is_left_alone(tmp_path: Path) -> No
 async def test_a_socket_whose_backlog_is_full_is_left_alone_and_not_waited_for(
     tmp_path: Path,
 ) -> None:
-    path = str(tmp_path / "busy.sock")
+    path = tmp_path / "busy.sock"
     with ExitStack() as stack:
         busy = stack.enter_context(socket.socket(socket.AF_UNIX))
-        busy.bind(path)
+        busy.bind(str(path))
         busy.listen(0)
         result = 0
         while result == 0:
             client = stack.enter_context(socket.socket(socket.AF_UNIX))
             client.setblocking(False)
-            result = client.connect_ex(path)
+            result = client.connect_ex(str(path))
         with pytest.raises(ListenError, match="Address already in use"):
             await open_listeners([f"unix:{path}"])
-        assert Path(path).is_socket()
+        assert path.is_socket()
 
 
 async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
