@@ -399,7 +399,9 @@ def _routes(section: Mapping[str, Any]) -> Mapping[str, RouteConfig]:
         route = _slice(routes.get(name, RouteConfig(name=name)), where, keys)
         if "queue" in table:
             queue = _table(table["queue"], f"{where}.queue")
-            route = replace(route, queue=_slice(QueueConfig(), f"{where}.queue", queue))
+            # A stream cannot have the arguments that other queues have by default.
+            defaults = QueueConfig(arguments={}) if queue.get("type") == "stream" else QueueConfig()
+            route = replace(route, queue=_slice(defaults, f"{where}.queue", queue))
         elif keys.keys() & {"exchange", "routing_key"}:
             # A route sent elsewhere does not want the default route's queue.
             route = replace(route, queue=None)

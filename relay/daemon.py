@@ -40,7 +40,7 @@ VERIFY_PAUSE = 10.0
 not fill queues with probes, nor the log with what they find."""
 
 GOODBYE = 2.0
-"""Seconds for last responses and the AMQP goodbye, once no upload is left."""
+"""Seconds for last responses, and again for the AMQP goodbye, once no upload is left."""
 
 
 def run(config: Config) -> None:
@@ -127,6 +127,8 @@ class Daemon:
     async def _stop(self, scope: trio.CancelScope) -> None:
         self._accepting.cancel()
         await self._uploads.drain(self._config.http.drain_timeout)
+        with trio.move_on_after(GOODBYE):
+            await self._uploads.wait_answered()
         with trio.move_on_after(GOODBYE):
             await self._publisher.close()
         scope.cancel()

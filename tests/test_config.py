@@ -774,3 +774,11 @@ def test_any_document_is_a_configuration_or_one_line(keys: list[tuple[str, objec
     assert set(config.routes) >= {"default"}
     for route in config.routes.values():
         route.routing_key.format(transfer="", route=route.name, client="")
+
+
+def test_a_stream_has_no_arguments_by_default() -> None:
+    """RabbitMQ refuses to declare a stream with those of the other types."""
+    given = from_document({"routes": {"r": {"queue": {"type": "stream"}}}})
+    queue = given.routes["r"].queue
+    assert queue is not None
+    assert queue.arguments == {}

@@ -110,6 +110,7 @@ class AdminHandler:
                 "client": record.transfer.client,
                 "peer": record.peer,
                 "bytes": record.bytes_received,
+                "frames": record.frames,
                 "age_seconds": round(now - record.began, 3),
                 "bytes_per_second": round(record.bytes_received / max(now - record.began, 1e-3)),
                 "waits_for": record.waits_for,

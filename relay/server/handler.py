@@ -101,9 +101,10 @@ class UploadHandler:
             # its traceback would keep what was read for as long as the connection lingers.
             await connection.respond(refusal, close=True)
             return False
-        response = await self._upload(connection, head, peer)
-        keep = head.keep_alive and connection.body_read and not self._uploads.draining
-        await connection.respond(response, close=not keep)
+        with self._uploads.answering():
+            response = await self._upload(connection, head, peer)
+            keep = head.keep_alive and connection.body_read and not self._uploads.draining
+            await connection.respond(response, close=not keep)
         return keep
 
     async def _upload(self, connection: HttpConnection, head: RequestHead, peer: str) -> Response:
@@ -214,6 +215,7 @@ class UploadHandler:
             data = await connection.receive(record.read_size)
             record.waits_for = "broker"
             record.bytes_received += len(data)
+            record.frames = framer.frames
             if route.max_bytes and record.bytes_received > route.max_bytes:
                 raise TooLarge(f"the route takes at most {route.max_bytes} bytes")
             return data

@@ -27,6 +27,7 @@ class UploadRecord:
     Attributes:
         began: in trio's clock, seconds.
         read_size: bytes that it may ask of its socket at once.
+        frames: cut so far.
         waits_for: ``client`` or ``broker``.
     """
 
@@ -35,6 +36,7 @@ class UploadRecord:
     began: float
     read_size: int
     bytes_received: int = 0
+    frames: int = 0
     waits_for: str = "client"
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
@@ -45,7 +47,8 @@ class Uploads:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._records: set[UploadRecord] = set()
-        self._empty = trio.lowlevel.ParkingLot()
+        self._answering = 0
+        self._changed = trio.lowlevel.ParkingLot()
         self._read_budget = READ_BUDGET
         self.draining = False
         self.finished: Counter[str] = Counter()
@@ -88,13 +91,22 @@ class Uploads:
         finally:
             self._read_budget += reserved
             self._records.discard(record)
-            if not self._records:
-                self._empty.unpark_all()
+            self._changed.unpark_all()
 
     def count(self, result: str, size: int = 0) -> None:
         """Count an upload that ended: with an error's code, or ``committed`` with its bytes."""
         self.finished[result] += 1
         self.bytes_committed += size
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request, from its admission until its answer is sent, for the block's length."""
+        self._answering += 1
+        try:
+            yield
+        finally:
+            self._answering -= 1
+            self._changed.unpark_all()
 
     async def drain(self, timeout: float) -> None:
         """Admit no more, wait ``timeout`` seconds for those in progress, then cancel them."""
@@ -105,6 +117,11 @@ class Uploads:
             record.scope.cancel()
         await self._wait_empty()
 
+    async def wait_answered(self) -> None:
+        """Wait until every request that came so far has its answer."""
+        while self._answering:
+            await self._changed.park()
+
     async def _wait_empty(self) -> None:
         while self._records:
-            await self._empty.park()
+            await self._changed.park()

@@ -100,7 +100,7 @@ async def _status(connection: h11.Connection, stream: trio.abc.ReceiveStream) ->
     while True:
         event = connection.next_event()
         if event is h11.NEED_DATA:
-            connection.receive_data(await stream.receive_some(READ_BYTES))
+            connection.receive_data(bytes(await stream.receive_some(READ_BYTES)))
         elif isinstance(event, h11.Response):
             status = event.status_code
         elif isinstance(event, h11.EndOfMessage):

@@ -126,3 +126,20 @@ def test_results_are_counted() -> None:
     uploads.count("too-slow")
     assert uploads.finished == {"committed": 2, "too-slow": 1}
     assert uploads.bytes_committed == 15
+
+
+async def test_answers_are_waited_for_until_they_are_sent() -> None:
+    uploads = Uploads(1)
+    answered = trio.Event()
+
+    async def answer() -> None:
+        with uploads.answering():
+            await answered.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(answer)
+        await wait_all_tasks_blocked()
+        nursery.start_soon(uploads.wait_answered)
+        await wait_all_tasks_blocked()
+        assert len(nursery.child_tasks) == 2
+        answered.set()
