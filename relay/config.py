@@ -230,6 +230,7 @@ class AmqpConfig:
     ca_file: str = _key("", _text)
     certificate_file: str = _key("", _text)
     key_file: str = _key("", _text)
+    connections: int = _key(1, _integer(1, 64))
     window: int = _key("64 MiB", _positive_size)
     upload_window: int = _key("8 MiB", _positive_size)
     heartbeat: float = _key("30 s", _heartbeat)
@@ -447,8 +448,8 @@ def _check_together(config: Config) -> None:
             f"http.listen: {exposed[0]} is not loopback and uploads are not authenticated;"
             " set http.anonymous = true if the network alone decides who may upload"
         )
-    if config.amqp.upload_window > config.amqp.window:
-        raise ConfigError("amqp.upload_window: must not be above amqp.window")
+    if config.amqp.upload_window > config.amqp.window // config.amqp.connections:
+        raise ConfigError("amqp.upload_window: must not be above amqp.window / amqp.connections")
     for name, route in config.routes.items():
         if not FRAME_SIZE_MIN <= route.frame_size <= FRAME_SIZE_MAX:
             raise ConfigError(f"routes.{name}.frame_size: must be 4096 to 16777216 bytes")

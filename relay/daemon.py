@@ -18,7 +18,8 @@ from prometheus_client import Metric
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
 from relay import __version__, allocator
-from relay.broker.publisher import Publisher, Refusals
+from relay.broker.pool import Pool
+from relay.broker.publisher import Refusals
 from relay.broker.routes import Severity, verify_routes
 from relay.broker.session import Session
 from relay.config import Config
@@ -62,12 +63,10 @@ class Daemon:
         self._config = config
         self._accepting = trio.CancelScope()
         self._uploads = Uploads(config.http.max_uploads)
-        self._publisher = Publisher(config.amqp, config.routes, verify=self.verify)
+        self._broker = Pool(config.amqp, config.routes, verify=self.verify)
         self._verify_at = -math.inf
-        self._handler = UploadHandler(config.http, config.routes, self._publisher, self._uploads)
-        self._admin = AdminHandler(
-            config.http, self._uploads, self._publisher.refusal, self._metrics
-        )
+        self._handler = UploadHandler(config.http, config.routes, self._broker, self._uploads)
+        self._admin = AdminHandler(config.http, self._uploads, self._broker.refusal, self._metrics)
 
     async def run(self) -> None:
         """Serve until a signal says stop, then drain."""
@@ -77,7 +76,7 @@ class Daemon:
         admin_listeners = await listeners.open_listeners(admin_addresses)
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._publisher.run)
+                nursery.start_soon(self._broker.run)
                 # Admin connections outlive the drain, so that probes can watch it.
                 nursery.start_soon(self._serve_admin, admin_listeners, nursery)
                 nursery.start_soon(self._serve_uploads, upload_listeners, nursery)
@@ -130,20 +129,35 @@ class Daemon:
         with trio.move_on_after(GOODBYE):
             await self._uploads.wait_answered()
         with trio.move_on_after(GOODBYE):
-            await self._publisher.close()
+            await self._broker.close()
         scope.cancel()
 
     def _metrics(self) -> Iterator[Metric]:
-        publisher = self._publisher
+        publishers = self._broker.publishers
+        windows = [publisher.window for publisher in publishers]
+        queued = sum(publisher.queued for publisher in publishers)
         loop = trio.lowlevel.current_statistics()
         up = GaugeMetricFamily("relay_broker_up", "1 if uploads would be admitted by the broker.")
-        up.add_metric([], publisher.refusal() is None)
+        up.add_metric([], self._broker.refusal() is None)
         yield up
         gauges = (
             ("relay_uploads", "Uploads in progress.", len(self._uploads)),
-            ("relay_window_bytes", "Bytes published and unconfirmed.", publisher.window.taken),
-            ("relay_window_waiting", "Uploads waiting for window.", publisher.window.waiting),
-            ("relay_write_queue_bytes", "Bytes not yet written to the broker.", publisher.queued),
+            (
+                "relay_broker_connections",
+                "Connections that take uploads now.",
+                sum(publisher.refusal() is None for publisher in publishers),
+            ),
+            (
+                "relay_window_bytes",
+                "Bytes published and unconfirmed.",
+                sum(window.taken for window in windows),
+            ),
+            (
+                "relay_window_waiting",
+                "Uploads waiting for window.",
+                sum(window.waiting for window in windows),
+            ),
+            ("relay_write_queue_bytes", "Bytes not yet written to the broker.", queued),
             ("relay_tasks", "Tasks of the event loop.", loop.tasks_living),
             (
                 "relay_idempotency_keys",
@@ -166,7 +180,9 @@ class Daemon:
             "relay_committed_bytes", "Bytes in committed uploads.", self._uploads.bytes_committed
         )
         yield CounterMetricFamily(
-            "relay_broker_connects", "Connections made to the broker.", publisher.connects
+            "relay_broker_connects",
+            "Connections made to the broker.",
+            sum(publisher.connects for publisher in publishers),
         )
 
 

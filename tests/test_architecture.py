@@ -42,6 +42,7 @@ TABLE = """
     server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol
                            |                         |
+    broker.pool            | trio                    | transfer protocol
     broker.publisher       | trio pika               | transfer
     broker.publication     | trio                    | transfer
     broker.routes          | trio                    | transfer

@@ -99,7 +99,6 @@ NOT_YET = {
     "http.max_uploads_per_client",
     "http.tls",
     "auth",
-    "amqp.connections",
     "routes.NAME.clients",
 }
 """Keys that later versions understand; until then they are errors, like any unknown key."""
@@ -212,6 +211,7 @@ CHANGED: dict[str, tuple[object, object]] = {
     "http.drain_timeout": (0, 0.0),
     "http.receipt_parts": (0, 0),
     "amqp.urls": (["amqp://a", "amqp://b:1/x"], ("amqp://a", "amqp://b:1/x")),
+    "amqp.connections": (3, 3),
     "amqp.window": ("1 GiB", 1 << 30),
     "amqp.upload_window": ("1 MiB", 1 << 20),
     "amqp.heartbeat": ("0 s", 0.0),
@@ -344,7 +344,7 @@ WRONG: list[tuple[str, object, str]] = [
     ("routes.a.name", "b", "routes.a.name: unknown key"),
     ("routes.a.queue.colour", 1, "routes.a.queue.colour: unknown key"),
     ("colour", 1, "colour: unknown section"),
-    ("amqp.upload_window", "65 MiB", "amqp.upload_window: must not be above amqp.window"),
+    ("amqp.upload_window", "65 MiB", "amqp.upload_window: must not be above amqp.window / amqp.connections"),
     (
         "amqp.upload_window",
         "4 KiB",

@@ -127,6 +127,11 @@ class Publisher:
         return None
 
     @property
+    def publications(self) -> int:
+        """Number of uploads that publish through it."""
+        return len(self._publications)
+
+    @property
     def queued(self) -> int:
         """Bytes waiting to be written to the broker's socket."""
         return self._session.queued if self._session is not None else 0

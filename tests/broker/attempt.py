@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from relay.broker.pool import Pool
 from relay.broker.publication import Publication
 from relay.broker.publisher import Publisher, Verify, log_refusals
 from relay.config import AmqpConfig, RouteConfig
@@ -45,7 +46,7 @@ class Attempt:
 
     def __init__(
         self,
-        publisher: Publisher,
+        publisher: Publisher | Pool,
         count: int,
         *,
         size: int = FRAME,
