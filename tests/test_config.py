@@ -344,7 +344,11 @@ WRONG: list[tuple[str, object, str]] = [
     ("routes.a.name", "b", "routes.a.name: unknown key"),
     ("routes.a.queue.colour", 1, "routes.a.queue.colour: unknown key"),
     ("colour", 1, "colour: unknown section"),
-    ("amqp.upload_window", "65 MiB", "amqp.upload_window: must not be above amqp.window / amqp.connections"),
+    (
+        "amqp.upload_window",
+        "65 MiB",
+        "amqp.upload_window: must not be above amqp.window / amqp.connections",
+    ),
     (
         "amqp.upload_window",
         "4 KiB",
