@@ -1,7 +1,7 @@
 """From an AMQP URL to a stream that pika's parameters go with: TCP, or TLS over it.
 
 ``amqps`` means TLS to that broker, or no connection: nothing here falls back to plaintext. What
-is said over the stream, and when to try again, is for others to know.
+is said over the stream is for others to know.
 """
 
 import ssl
@@ -21,8 +21,21 @@ from relay.errors import BrokerUnavailable
 CONNECT_TIMEOUT: Final = 10.0
 """Seconds for name resolution and the handshakes of TCP and TLS."""
 
+BACKOFF_FIRST: Final = 0.25
+BACKOFF_LAST: Final = 10.0
+"""Seconds between attempts to connect: doubled each time, then jittered by half."""
+
 Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 """Opens a stream to a host and port, or raises OSError."""
+
+
+def backoff(attempt: int, jitter: float) -> float:
+    """Seconds to wait before attempt number ``attempt`` (0: the first after a failure).
+
+    ``jitter`` in [0, 1) spreads a fleet that lost its broker at the same moment.
+    """
+    longest: float = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(attempt, 16))
+    return longest * (0.5 + jitter / 2)
 
 
 class Connector:

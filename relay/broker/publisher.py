@@ -14,7 +14,7 @@ from typing import Final
 import trio
 from pika.connection import Parameters
 
-from relay.broker.connect import Connect, Connector
+from relay.broker.connect import Connect, Connector, backoff
 from relay.broker.publication import Publication
 from relay.broker.session import ConfirmChannel, Session
 from relay.broker.window import Window
@@ -30,11 +30,6 @@ DECLARE_TIMEOUT: Final = 30.0
 CHANNEL_TIMEOUT: Final = 20.0
 """Seconds in which a new upload gets its channel: more than a silent connection is kept for."""
 
-BACKOFF_FIRST: Final = 0.25
-BACKOFF_LAST: Final = 10.0
-"""Seconds between attempts to connect: doubled each time, then jittered by half."""
-
-
 Refusals = Mapping[str, BrokerRefused]
 """Why queues could not be declared, by the name of the route."""
 
@@ -46,15 +41,6 @@ async def log_refusals(_session: Session, refusals: Refusals) -> None:
     """The least there is to say of routes."""
     for route, error in refusals.items():
         log.warning("route %s: its queue is not declared: %s", route, error)
-
-
-def backoff(attempt: int, jitter: float) -> float:
-    """Seconds to wait before attempt number ``attempt`` (0: the first after a failure).
-
-    ``jitter`` in [0, 1) spreads a fleet that lost its broker at the same moment.
-    """
-    longest: float = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(attempt, 16))
-    return longest * (0.5 + jitter / 2)
 
 
 class Publisher:

@@ -22,7 +22,7 @@ from pika.connection import Connection, Parameters
 from pika.spec import Basic, BasicProperties
 
 from relay.broker.adapter import TrioConnection
-from relay.broker.connect import Connector
+from relay.broker.connect import Connector, backoff
 from relay.broker.session import translate
 from relay.config import AmqpConfig, ConfigError, parse_amqp_url
 from relay.errors import BrokerUnavailable
@@ -46,10 +46,6 @@ OPEN_TIMEOUT: Final = 15.0
 
 CLOSE_TIMEOUT: Final = 5.0
 """Seconds in which the broker takes the last acks; without them it delivers once more."""
-
-BACKOFF_FIRST: Final = 0.5
-BACKOFF_MAX: Final = 30.0
-"""Seconds between two attempts to connect: doubled each time, then jittered by half."""
 
 _FATAL: Final = (
     pika.exceptions.ProbableAuthenticationError,
@@ -261,13 +257,13 @@ class _Consumer:
     async def _keep_consuming(self) -> None:
         said = ""
         while (reason := await self._consume_once()) is not None:
-            delay = min(BACKOFF_MAX, BACKOFF_FIRST * 2.0 ** min(self._attempt, 16))
             # Once per change: a broker that is away for a night is not worth a line a minute.
             if reason != said or self._attempt == 0:
                 _say(f"{reason}; trying again until it works")
                 said = reason
+            # Jitter, not secrecy.
+            await trio.sleep(backoff(self._attempt, random.random()))  # noqa: S311
             self._attempt += 1
-            await trio.sleep(delay * random.uniform(0.5, 1.0))  # noqa: S311  not a secret
 
     async def _consume_once(self) -> str | None:
         """One connection. Returns why there must be another, None if there must not."""

@@ -8,8 +8,7 @@ from pika import frame as amqp
 from pika.spec import Basic, Channel, Connection
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from relay.broker import publisher as publishing
-from relay.broker.connect import CONNECT_TIMEOUT
+from relay.broker.connect import BACKOFF_FIRST, BACKOFF_LAST, CONNECT_TIMEOUT, backoff
 from relay.broker.publication import ABORT_TIMEOUT
 from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown
 from relay.model import Abort
@@ -497,10 +496,10 @@ async def test_a_broker_that_is_down_is_tried_again_ever_more_patiently(
         times = [at for at, _, _ in network.attempts]
         pauses = [later - earlier for earlier, later in itertools.pairwise(times)]
         for attempt, pause in enumerate(pauses):
-            longest = min(publishing.BACKOFF_LAST, publishing.BACKOFF_FIRST * 2 ** (attempt + 1))
+            longest = min(BACKOFF_LAST, BACKOFF_FIRST * 2 ** (attempt + 1))
             assert longest / 2 <= pause <= longest
         assert "nobody listens" in str(relay.publisher.refusal())
-        assert max(pauses) <= publishing.BACKOFF_LAST
+        assert max(pauses) <= BACKOFF_LAST
         network.is_down = False
         await relay.broker()
         assert relay.publisher.refusal() is None
@@ -518,15 +517,15 @@ async def test_a_connection_that_was_made_begins_the_patience_anew(
         lost = trio.current_time()
         await broker.cut()
         await relay.broker()
-        assert trio.current_time() - lost <= publishing.BACKOFF_FIRST
+        assert trio.current_time() - lost <= BACKOFF_FIRST
 
 
 @pytest.mark.parametrize("jitter", [0, 0.5, 0.999])
 def test_backoff_is_bounded_for_ever(jitter: float) -> None:
-    waits = [publishing.backoff(attempt, jitter) for attempt in (0, 1, 2, 10, 10_000_000)]
+    waits = [backoff(attempt, jitter) for attempt in (0, 1, 2, 10, 10_000_000)]
     assert waits == sorted(waits)
-    assert waits[0] >= publishing.BACKOFF_FIRST / 2
-    assert waits[-1] <= publishing.BACKOFF_LAST
+    assert waits[0] >= BACKOFF_FIRST / 2
+    assert waits[-1] <= BACKOFF_LAST
 
 
 async def test_several_brokers_are_tried_in_turn(autojump_clock: MockClock) -> None:
@@ -556,7 +555,7 @@ async def test_a_connection_that_nobody_answers_is_given_up(autojump_clock: Mock
 
     network = Silent()
     async with running(network) as relay:
-        await trio.sleep(CONNECT_TIMEOUT + publishing.BACKOFF_FIRST * 2 + 1)
+        await trio.sleep(CONNECT_TIMEOUT + BACKOFF_FIRST * 2 + 1)
         assert len(network.attempts) == 2
         assert "no answer within 10 s" in str(relay.publisher.refusal())
 
