@@ -41,6 +41,10 @@ MAX_ATTEMPTS: Final = 4
 SLACK: Final = 15.0
 """Seconds that a crowded machine may add to the deadlines."""
 
+QUEUE_SETTLES: Final = 7.0
+"""Seconds after a quorum queue is declared in which a crash may cost the whole queue, confirmed
+messages and all: RabbitMQ 3.10 writes what it needs to find the queue's log every 5 s only."""
+
 HIT_TIMEOUT: Final = 5.0
 """Seconds in which an armed fault finds a byte to happen at."""
 
@@ -350,6 +354,7 @@ async def _upload_under_faults(
         for number in range(clients):
             nursery.start_soon(_keep_uploading, client, outcome.seed, number, is_over)
         try:
+            await trio.sleep(QUEUE_SETTLES)
             for inject in injections:
                 await trio.sleep(rig.chance.uniform(0, gap))
                 if trio.current_time() > until:
