@@ -5,6 +5,7 @@ after the other, everything healed, one more upload, and the queue read to its e
 """
 
 import tempfile
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -359,10 +360,17 @@ async def _upload_under_faults(
                 await trio.sleep(rig.chance.uniform(0, gap))
                 if trio.current_time() > until:
                     break
-                outcome.faults[await inject(rig)] += 1
+                began = time.time()
+                outcome.faults[fault := await inject(rig)] += 1
+                # Between the daemon's own lines, to read how one led to the other.
+                outcome.log.append(f"--- {_clock(began)} to {_clock(time.time())}: {fault}")
             await trio.sleep(gap / 2)
         finally:
             is_over.set()
+
+
+def _clock(seconds: float) -> str:
+    return time.strftime("%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03}"
 
 
 async def _keep_uploading(client: Client, seed: int, number: int, is_over: trio.Event) -> None:

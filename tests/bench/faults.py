@@ -7,6 +7,7 @@ is over. ``./dev bench faults [--minutes N] [--seed S] [--queue TYPE]``; one rou
 
 import argparse
 import secrets
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> int:
             queue = options.queue or QUEUES[(seed + rounds) % len(QUEUES)]
             print(f"round {rounds + 1}: seed {seed + rounds}, {queue} queue", flush=True)
             outcome = trio.run(_round, node, seed + rounds, queue)
-            passed = report(outcome)
+            passed = report(outcome, node.log)
             rounds += 1
     print(f"{'PASS' if passed else 'FAIL'}: {rounds} rounds from seed {seed}")
     return 0 if passed else 1
@@ -65,8 +66,8 @@ def _random_injections(chance: Random) -> Sequence[Injection]:
     return chance.choices(EACH, k=100)
 
 
-def report(outcome: Round) -> bool:
-    """Print a round. Returns whether nothing was violated."""
+def report(outcome: Round, node_log: Path) -> bool:
+    """Print a round, and keep the logs if anything was violated. Returns whether nothing was."""
     _table("fault", outcome.faults)
     _table("answer", outcome.codes)
     print(
@@ -77,9 +78,10 @@ def report(outcome: Round) -> bool:
     if not outcome.violations:
         print("  PASS", flush=True)
         return True
-    log = Path(tempfile.mkdtemp(prefix="relay-faults-")) / "daemon.log"
-    log.write_text("\n".join(outcome.log))
-    print(f"  FAIL: seed {outcome.seed}, the daemon's log is {log}")
+    kept = Path(tempfile.mkdtemp(prefix="relay-faults-"))
+    (kept / "daemon.log").write_text("\n".join(outcome.log))
+    shutil.copy(node_log, kept)
+    print(f"  FAIL: seed {outcome.seed}; the logs of daemon and node are in {kept}")
     for violation in outcome.violations:
         print(f"    {violation}", flush=True)
     return False
