@@ -32,16 +32,15 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="./dev bench faults", description=__doc__)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=None)
-    parser.add_argument("--queue", choices=QUEUES, default=None, help="default: each in turn")
+    parser.add_argument("--queue", choices=QUEUES, default="quorum")
     options = parser.parse_args(argv)
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     end = time.monotonic() + 60 * options.minutes
     passed, rounds = True, 0
     with RabbitMQNode() as node:
         while passed and (not rounds or time.monotonic() < end):
-            queue = options.queue or QUEUES[(seed + rounds) % len(QUEUES)]
-            print(f"round {rounds + 1}: seed {seed + rounds}, {queue} queue", flush=True)
-            outcome = trio.run(_round, node, seed + rounds, queue)
+            print(f"round {rounds + 1}: seed {seed + rounds}, {options.queue} queue", flush=True)
+            outcome = trio.run(_round, node, seed + rounds, options.queue)
             passed = report(outcome, node.log)
             rounds += 1
     print(f"{'PASS' if passed else 'FAIL'}: {rounds} rounds from seed {seed}")
