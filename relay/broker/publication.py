@@ -296,6 +296,23 @@ class Publication:
                 await self._changed.park()
             if scope.cancelled_caught and self._channel is not None:
                 self._channel.close()
+                await self._take_back()
+                return
+
+    async def _take_back(self) -> None:
+        """The channel is closing: have its room in the window back, whatever the broker does.
+
+        One that still sends heartbeats, but reads no more, would keep the room for ever, and with
+        it every upload that waits for some. During an alarm that is how it should be.
+        """
+        seconds = self._config.confirm_timeout
+        while self._outstanding:
+            with trio.move_on_after(seconds) as scope:
+                await self._changed.park()
+            if not scope.cancelled_caught or self._publisher.blocked_since is not None:
+                continue
+            if self._session is not None and self._outstanding:
+                self._session.abort(f"it did not close a channel within {seconds:g} s")
                 return
 
     # --- what the channel calls ----------------------------------------------------------------
