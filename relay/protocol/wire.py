@@ -18,6 +18,9 @@ CONTENT_TYPE: Final = "application/octet-stream"
 TYPE_FRAME: Final = "frame"
 TYPE_ABORT: Final = "abort"
 
+DIGEST_PREFIX: Final = "digest-"
+"""Begins the names of headers that have one digest each: ``digest-crc32c``."""
+
 LONG_HEADERS: Final = frozenset({"seq", "offset", "crc32c", "size", "frames", "parts", "bytes"})
 """Headers whose AMQP type is always ``long`` (signed 64 bits), however small the value."""
 
@@ -70,6 +73,9 @@ def encode_frame(frame: Frame) -> Message:
         headers["last"] = True
         headers["size"] = frame.tail.size
         headers["digest"] = frame.tail.digest
+        # Stream queues drop tables (RabbitMQ 3.10), and keep text.
+        for algorithm, digest in frame.tail.digest.items():
+            headers[DIGEST_PREFIX + algorithm] = digest
     if frame.commit is not None:
         headers["commit"] = True
         headers["frames"] = frame.commit.frames
@@ -151,7 +157,7 @@ def _decode_frame(fields: "_Fields", transfer_id: str, timestamp: object, body: 
             content_type=fields.text("content-type"),
         )
     if fields.flag("last"):
-        tail = PartTail(fields.integer("size"), fields.table("digest"))
+        tail = PartTail(fields.integer("size"), fields.digests())
     if fields.flag("commit"):
         commit = Totals(fields.integer("frames"), fields.integer("parts"), fields.integer("bytes"))
     return Frame(
@@ -191,13 +197,22 @@ class _Fields:
             raise WireError(f"header {key} is not a boolean")
         return value
 
-    def table(self, key: str) -> Mapping[str, str]:
-        value = self._headers.get(key)
-        if not isinstance(value, Mapping):
-            raise WireError(f"header {key} is missing or not a table")
-        table: dict[str, str] = {}
-        for algorithm, digest in value.items():
+    def digests(self) -> Mapping[str, str]:
+        """The table ``digest``; where a stream has dropped it, what the single headers say."""
+        table = self._headers.get("digest")
+        if table is None:
+            prefixed = {key: value for key, value in self._headers.items() if _is_digest(key)}
+            table = {str(key)[len(DIGEST_PREFIX) :]: value for key, value in prefixed.items()}
+            table = table or None
+        if not isinstance(table, Mapping):
+            raise WireError("header digest is missing or not a table")
+        digests: dict[str, str] = {}
+        for algorithm, digest in table.items():
             if not isinstance(algorithm, str) or not isinstance(digest, str):
-                raise WireError(f"header {key} holds something other than text")
-            table[algorithm] = digest
-        return table
+                raise WireError("header digest holds something other than text")
+            digests[algorithm] = digest
+        return digests
+
+
+def _is_digest(key: object) -> bool:
+    return isinstance(key, str) and key.startswith(DIGEST_PREFIX)

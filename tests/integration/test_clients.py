@@ -266,7 +266,8 @@ def expected_messages(
                 headers |= {key: text for key, text in described.items() if text is not None}
             if turn == len(bodies) - 1:
                 headers |= {"last": True, "size": long(len(part.data))}
-                headers["digest"] = digests_of(part.data, digests)
+                headers["digest"] = table = digests_of(part.data, digests)
+                headers |= {f"digest-{algorithm}": text for algorithm, text in table.items()}
             if seq == frames - 1:
                 headers |= {"commit": True, "frames": long(frames), "parts": long(len(parts))}
                 headers["bytes"] = long(sum(len(part.data) for part in parts))

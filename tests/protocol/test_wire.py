@@ -182,6 +182,7 @@ GOLDEN: list[tuple[str, Frame, Mapping[str, HeaderValue]]] = [
             "last": True,
             "size": 262129,
             "digest": {"crc32c": "0012ab00"},
+            "digest-crc32c": "0012ab00",
         },
     ),
     (
@@ -202,6 +203,7 @@ GOLDEN: list[tuple[str, Frame, Mapping[str, HeaderValue]]] = [
             "last": True,
             "size": 0,
             "digest": {"crc32c": "00000000"},
+            "digest-crc32c": "00000000",
         },
     ),
     (
@@ -216,6 +218,8 @@ GOLDEN: list[tuple[str, Frame, Mapping[str, HeaderValue]]] = [
             "last": True,
             "size": 131065,
             "digest": {"crc32c": "ffffffff", "sha-256": "00ff"},
+            "digest-crc32c": "ffffffff",
+            "digest-sha-256": "00ff",
             "commit": True,
             "frames": 6,
             "parts": 3,
@@ -235,6 +239,7 @@ GOLDEN: list[tuple[str, Frame, Mapping[str, HeaderValue]]] = [
             "last": True,
             "size": 1,
             "digest": {"crc32c": "c1d04330"},
+            "digest-crc32c": "c1d04330",
             "commit": True,
             "frames": 1,
             "parts": 1,
@@ -301,6 +306,7 @@ def test_each_header_is_on_the_frames_and_of_the_type_that_the_contract_says(fra
         expected |= ON_THE_FIRST_OF_THE_TRANSFER
     if frame.tail is not None:
         expected |= ON_THE_LAST_OF_A_PART
+        expected |= {f"digest-{algorithm}": "S" for algorithm in frame.tail.digest}
     if frame.commit is not None:
         expected |= ON_THE_COMMIT_FRAME
     headers = received(on_the_wire(encode_frame(frame))).headers
@@ -427,6 +433,7 @@ TYPES = {
 )
 def test_a_header_of_the_wrong_type_is_an_error_that_names_it(header: str, value: object) -> None:
     message = a_message()
+    del message["headers"]["digest-crc32c"]
     message["headers"][header] = value
     with pytest.raises(WireError, match=rf"header {header} "):
         decode(**message)
@@ -435,9 +442,26 @@ def test_a_header_of_the_wrong_type_is_an_error_that_names_it(header: str, value
 @pytest.mark.parametrize("header", [*ON_EVERY_FRAME, "size", "digest", "frames", "parts", "bytes"])
 def test_a_header_that_must_be_there_and_is_not_is_an_error(header: str) -> None:
     message = a_message()
+    del message["headers"]["digest-crc32c"]
     del message["headers"][header]
     with pytest.raises(WireError, match=rf"header {header} is missing"):
         decode(**message)
+
+
+def test_digests_survive_a_stream_that_drops_tables() -> None:
+    message = encode_frame(LAST_OF_PART)
+    headers: dict[object, object] = {**message.headers}
+    del headers["digest"]
+    frame = decode(
+        app_id="relay",
+        type=message.type,
+        correlation_id=message.correlation_id,
+        timestamp=message.timestamp,
+        headers=headers,
+        body=message.body,
+    )
+    assert isinstance(frame, Frame)
+    assert frame.tail == LAST_OF_PART.tail
 
 
 @pytest.mark.parametrize("value", [None, "", "x" * 256, b"\xff", 7])
