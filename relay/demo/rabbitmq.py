@@ -54,6 +54,15 @@ _LARGE_FILES = "/var/tmp"  # noqa: S108 - only mkdtemp() creates anything in it
 
 _PACKAGED_SCRIPTS = Path("/usr/lib/rabbitmq/bin")
 
+_TREE_VARIABLE = "RELAY_RABBITMQ_ROOT"
+"""Names an environment variable: the root of another Debian system, installed in a directory,
+whose RabbitMQ and Erlang the node runs instead of this machine's. Only root can do that."""
+
+# `$0` is the tree. Its /usr takes the place of the machine's for this process alone, in a mount
+# namespace that ends with it. All else is the machine's, as a chroot's would not be: paths given
+# in the configuration, the node's directory, /proc and /dev mean the same on both sides.
+_IN_TREE = 'mount --bind "$0/usr" /usr && exec "$@"'
+
 _CONFIG: Mapping[str, str] = {
     # A nearly full disk must not block the demo: the alarm guards data that nobody wants to keep.
     "disk_free_limit.absolute": "16MB",
@@ -115,8 +124,10 @@ class RabbitMQNode:
         Raises:
             RabbitMQMissing: RabbitMQ or Erlang's port mapper is not installed.
         """
-        self._scripts = _find_scripts()
-        self._epmd_path = _find_epmd()
+        tree = os.environ.get(_TREE_VARIABLE)
+        self._scripts = _scripts_in(Path(tree)) if tree else _find_scripts()
+        self._epmd_path = "epmd" if tree else _find_epmd()
+        self._run_in_tree = ["unshare", "--mount", "sh", "-c", _IN_TREE, tree] if tree else []
         self.port, self._distribution_port, self._epmd_port = free_ports(3)
         self.name = f"relay-{secrets.token_hex(6)}@localhost"
         parent = parent or Path(os.environ.get("TMPDIR") or _LARGE_FILES)
@@ -204,7 +215,7 @@ class RabbitMQNode:
         """
         try:
             done = subprocess.run(
-                [str(self._scripts / "rabbitmqctl"), "--quiet", *args],
+                [*self._run_in_tree, str(self._scripts / "rabbitmqctl"), "--quiet", *args],
                 env=self._environment(),
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
@@ -312,7 +323,7 @@ class RabbitMQNode:
         """Starts a process in a session of its own, where no terminal's Ctrl-C reaches it."""
         with self.log.open("ab") as log:
             self._processes[role] = subprocess.Popen(
-                command,
+                [*self._run_in_tree, *command],
                 env=self._environment(),
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
@@ -374,6 +385,12 @@ def _start_guard(directory: Path) -> tuple[subprocess.Popen[bytes], io.FileIO]:
             start_new_session=True,
         )
     return guard, io.FileIO(writing, "w")
+
+
+def _scripts_in(tree: Path) -> Path:
+    if not tree.joinpath(*_PACKAGED_SCRIPTS.parts[1:], "rabbitmq-server").exists():
+        raise RabbitMQMissing(f"{_TREE_VARIABLE}: no rabbitmq-server is installed in {tree}")
+    return _PACKAGED_SCRIPTS
 
 
 def _find_scripts() -> Path:

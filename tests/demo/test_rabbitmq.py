@@ -153,7 +153,14 @@ def test_a_failing_command_says_why(rabbitmq: RabbitMQNode) -> None:
 
 
 def test_a_missing_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RELAY_RABBITMQ_ROOT", raising=False)
     monkeypatch.setattr(module, "_PACKAGED_SCRIPTS", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RabbitMQMissing, match="rabbitmq-server is not installed"):
+        RabbitMQNode()
+
+
+def test_a_tree_without_a_server_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RELAY_RABBITMQ_ROOT", str(tmp_path))
+    with pytest.raises(RabbitMQMissing, match=f"is installed in {tmp_path}"):
         RabbitMQNode()
