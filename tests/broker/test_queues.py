@@ -1,4 +1,4 @@
-"""Reading refusals, in the words of RabbitMQ 3.10."""
+"""Reading refusals, in the words of RabbitMQ 3.10 and 4.0, which are the same."""
 
 import pytest
 
