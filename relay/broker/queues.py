@@ -16,6 +16,7 @@ from relay.errors import BrokerRefused
 Value = str | int | bool
 
 QUEUE_TYPE: Final = "x-queue-type"
+DELIVERY_LIMIT: Final = "x-delivery-limit"
 ASKED: Final = (QUEUE_TYPE, "x-max-length", "x-max-length-bytes", "x-overflow")
 
 RIDDLE: Final = "relay asks"
@@ -105,6 +106,10 @@ async def inquire(session: Session, name: str) -> Properties:
     await session.find_queue(name)
     properties = Properties(arguments=dict.fromkeys(ASKED, RIDDLE))
     await _learn(session, name, properties, asked=set(ASKED))
+    if properties.type == "quorum" and not properties.unseen:
+        # No other type has it, nor says anything of it.
+        properties.arguments[DELIVERY_LIMIT] = RIDDLE
+        await _learn(session, name, properties, asked={DELIVERY_LIMIT})
     arguments = properties.arguments
     properties.arguments = {key: value for key, value in arguments.items() if value != RIDDLE}
     return properties

@@ -13,7 +13,7 @@ from typing import Final
 
 import trio
 
-from relay.broker.queues import QUEUE_TYPE, Properties, compare, inquire
+from relay.broker.queues import DELIVERY_LIMIT, QUEUE_TYPE, Properties, compare, inquire
 from relay.broker.session import Address, Session
 from relay.config import RouteConfig
 from relay.errors import BrokerError, BrokerRefused
@@ -236,9 +236,33 @@ class _RouteCheck:
                 " full, it deletes frames that were confirmed",
                 'give it x-overflow "reject-publish", which makes uploads fail instead (507)',
             )
+        if properties.type == "quorum" and not properties.unseen:
+            self._judge_delivery_limit(queue, arguments.get(DELIVERY_LIMIT))
         known = not properties.unseen or QUEUE_TYPE in arguments
         if properties.type == "classic" and known:
             self._judge_classic(queue)
+
+    def _judge_delivery_limit(self, queue: str, limit: str | int | bool | None) -> None:
+        """Consumers that fail again and again can cost confirmed frames."""
+        # https://www.rabbitmq.com/docs/quorum-queues#poison-message-handling: new in version 4 are
+        # the default, and that a negative number is no limit; before, the first redelivery is over.
+        has_default = (self._session.rabbitmq_major or 0) >= 4
+        if limit is None and has_default:
+            self._find(
+                Severity.NOTE,
+                f"queue {queue!r} drops frames that were delivered 20 times and never acked, by"
+                " RabbitMQ 4's default, unless a policy, which cannot be seen over AMQP, has"
+                " another limit",
+                "set a policy with delivery-limit -1, or give the queue x-delivery-limit -1",
+            )
+        elif isinstance(limit, int) and (limit >= 0 or not has_default):
+            better = "-1" if has_default else "none"
+            self._find(
+                Severity.WARNING,
+                f"queue {queue!r} has x-delivery-limit {limit}: it drops confirmed frames that were"
+                " delivered more often and never acked",
+                f"give it {better}, so that consumers that fail again and again cost nothing",
+            )
 
     def _judge_lifetime(self, queue: str, properties: Properties) -> None:
         reasons = []

@@ -179,6 +179,17 @@ class Session:
         return self.opened.is_set() and not self.closed.is_set()
 
     @property
+    def rabbitmq_major(self) -> int | None:
+        """The first number of RabbitMQ's version; None if the broker does not say, or is another.
+
+        Known from when the session is open.
+        """
+        properties = self._connection.server_properties or {}
+        major = str(properties.get("version", "")).partition(".")[0]
+        is_known = properties.get("product") == "RabbitMQ" and major.isdecimal()
+        return int(major) if is_known else None
+
+    @property
     def last_heard(self) -> float:
         """When the broker last sent anything, by trio's clock."""
         return self._connection.last_heard

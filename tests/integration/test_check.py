@@ -161,6 +161,35 @@ def test_a_queue_that_drops_its_head_is_warned_of_and_no_other(
         assert len(result.err) == 1
 
 
+@pytest.mark.parametrize("is_declared", [True, False], ids=["declared", "found"])
+@pytest.mark.parametrize("limit", [None, -1, 5])
+def test_a_queue_that_drops_what_is_delivered_too_often_is_told_of(
+    check: Check,
+    channel: BlockingChannel,
+    rabbitmq: RabbitMQNode,
+    name: str,
+    limit: int | None,
+    is_declared: bool,
+) -> None:
+    arguments = {} if limit is None else {"x-delivery-limit": limit}
+    channel.queue_declare(name, durable=True, arguments={"x-queue-type": "quorum", **arguments})
+    declaration = ", ".join(f"{key} = {value}" for key, value in arguments.items())
+    result = check(
+        default(name, f"{{ {declaration} }}")
+        if is_declared
+        else f'[routes.default]\nrouting_key = "{name}"\n'
+    )
+    assert result.code == 0
+    by_default = "delivered 20 times" in result.out
+    is_4 = int(rabbitmq.ctl("version").partition(".")[0]) >= 4
+    # To RabbitMQ 3, -1 is a limit like any other; to RabbitMQ 4, it is none.
+    warned = limit == 5 or (limit == -1 and not is_4)
+    assert by_default == (limit is None and is_4)
+    assert len(result.err) == warned
+    if warned:
+        result.about("warning: route default", f"x-delivery-limit {limit}:")
+
+
 def test_classic_queues_are_warned_of_and_worse_without_persistence(
     check: Check, name: str
 ) -> None:
