@@ -58,6 +58,9 @@ class Line(Protocol):
     def spawn(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run an async function that may outlive the upload."""
 
+    def refusal(self) -> BrokerError | None:
+        """What is wrong with the broker now, or None."""
+
 
 class Publication:
     """One upload's frames on their way into the broker; a ``transfer.FrameSink``.
@@ -263,7 +266,10 @@ class Publication:
 
     def _lost(self) -> BrokerError:
         seconds = self._config.reconnect_grace
-        return BrokerUnavailable(f"the broker was lost and did not come back within {seconds:g} s")
+        text = f"the broker was lost and did not come back within {seconds:g} s"
+        # A login that is refused by now is another matter than a node that is still away.
+        reason = self._publisher.refusal()
+        return BrokerUnavailable(text if reason is None else f"{text}: {reason.detail}")
 
     async def _abort_elsewhere(self, message: Message) -> None:
         """The upload's channel is gone: tell its abort on another one, if there is a broker."""

@@ -5,6 +5,7 @@ What to do when a session dies is ``publisher.py``'s business.
 """
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 RPC_TIMEOUT: Final = 15.0
 """Seconds for the broker to say anything while it owes the answer to a synchronous method."""
+
+_WORDS: Final = re.compile(r"\((\d+)\) (['\"])(.*)\2")
+"""Reply code and text, in what pika makes of a connection that is closed while it opens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -412,7 +416,10 @@ def translate(reason: Exception) -> BrokerError:
             "the broker refused the login: wrong user name or password, or a certificate of no user"
         )
     if isinstance(reason, pika.exceptions.ProbableAccessDeniedError):
-        return BrokerUnavailable("the broker refused access to the virtual host")
+        # Whether it is missing or forbidden, only the broker's words tell.
+        words = _WORDS.search(str(reason))
+        said = f": {words[1]} {words[3]}" if words else ""
+        return BrokerUnavailable(f"the broker refused access to the virtual host{said}")
     if isinstance(reason, pika.exceptions.AuthenticationError):
         return BrokerUnavailable(f"the broker does not offer {reason} logins")
     if isinstance(reason, pika.exceptions.IncompatibleProtocolError):
