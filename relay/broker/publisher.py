@@ -4,7 +4,6 @@
 ``publication.py``. It knows nothing of HTTP, and of pika only what ``session.py`` lets through.
 """
 
-import itertools
 import logging
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -71,6 +70,8 @@ class Publisher:
         self.on_down: Callable[[BrokerError], None] = lambda _: None
         self._session: Session | None = None
         self._error: BrokerError = BrokerUnavailable("not connected to the broker yet")
+        # What the log has of each broker that failed since there was a connection.
+        self._told: dict[tuple[str, int, str], str] = {}
         self._changed = trio.lowlevel.ParkingLot()
         self._publications: set[Publication] = set()
         self._nursery: trio.Nursery | None = None
@@ -88,11 +89,17 @@ class Publisher:
                 self._nursery = None
 
     async def _stay_connected(self) -> None:
-        attempt = 0
-        for broker in itertools.cycle(self._connector.brokers):
+        brokers = self._connector.brokers
+        attempt = turn = 0
+        while True:
             connects = self.connects
-            await self._run_session(broker)
-            attempt = attempt + 1 if connects == self.connects else 0
+            await self._run_session(brokers[turn % len(brokers)])
+            if connects == self.connects:
+                attempt, turn = attempt + 1, turn + 1
+            else:
+                # Home to the first, where it is not the one that was lost: in a rolling restart
+                # the connections of a pool would else gather on one node, and be lost together.
+                attempt, turn = 0, 0 if turn % len(brokers) else 1
             # Jitter, not secrecy.
             await trio.sleep(backoff(attempt, random.random()))  # noqa: S311
 
@@ -106,8 +113,10 @@ class Publisher:
         """Why an upload would not be admitted now, or None if it would."""
         session = self._session
         if session is None or not session.is_open:
+            # Of a connection that has just been lost, only the session knows why.
+            error = (session.error if session is not None else None) or self._error
             # A new one each time: raising an exception adds to its traceback, for ever.
-            return type(self._error)(self._error.detail)
+            return type(error)(error.detail)
         if session.blocked_reason is not None:
             return BrokerBlocked(f"the broker does not take messages: {session.blocked_reason}")
         return None
@@ -212,17 +221,20 @@ class Publisher:
     def _up(self, session: Session, parameters: Parameters) -> None:
         self._session = session
         self.connects += 1
+        self._told.clear()
         log.info("connected to the broker at %s:%s", parameters.host, parameters.port)
         if session.blocked_reason is not None:
             self._on_blocked_changed()
         self._changed.unpark_all()
 
     def _down(self, error: BrokerError, parameters: Parameters) -> None:
+        broker = (parameters.host, parameters.port, parameters.virtual_host)
         if self._is_closing:
             log.info("disconnected from the broker")
-        elif self._session is not None or str(error) != str(self._error):
+        elif self._session is not None or str(error) != self._told.get(broker):
             # Once per change: a broker that is away for a night is not worth a line a second.
             log.warning("broker %s:%s: %s", parameters.host, parameters.port, error)
+        self._told[broker] = str(error)
         self._error = error
         self.blocked_since = None
         self._session = None

@@ -213,7 +213,10 @@ async def test_an_upload_fails_when_the_broker_stays_away(
         await broker.ack(3)
         network.is_down = True
         await broker.cut()
-        assert isinstance(await upload.outcome(), BrokerUnavailable)
+        error = await upload.outcome()
+        assert isinstance(error, BrokerUnavailable)
+        # Why it does not come back; without grace, why it went.
+        assert ("nobody listens" if grace else "closed the connection") in error.detail
         assert trio.current_time() == pytest.approx(grace, abs=0.1)
         relay.assert_nothing_is_held()
 
@@ -541,9 +544,35 @@ async def test_several_brokers_are_tried_in_turn(autojump_clock: MockClock) -> N
         broker = await relay.broker()
         expected = turn[len(tried) % 3]
         assert broker.address == expected
-        await broker.cut()
-        broker = await relay.broker()
-        assert broker.address == turn[(len(tried) + 1) % 3]
+
+
+async def test_a_lost_connection_is_followed_by_one_to_the_first_broker_if_it_is_another(
+    autojump_clock: MockClock,
+) -> None:
+    urls = ("amqp://one/", "amqp://two/", "amqp://three/")
+    async with running(Network(), urls=urls) as relay:
+        homes = []
+        for _ in range(4):
+            broker = await relay.broker()
+            homes.append(broker.address[0])
+            await broker.cut()
+        assert homes == ["one", "two", "one", "two"]
+
+
+async def test_brokers_that_are_away_are_told_of_once_each(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Down(Network):
+        async def connect(self, host: str, port: int) -> trio.abc.Stream:
+            self.attempts.append((trio.current_time(), host, port))
+            raise ConnectionRefusedError(f"nobody listens at {host}")
+
+    network = Down()
+    async with running(network, urls=("amqp://one/", "amqp://two/", "amqp://three/")):
+        await trio.sleep(120)
+        assert len(network.attempts) > 12
+        warnings = [record for record in caplog.records if "nobody listens" in record.message]
+        assert len(warnings) == 3
 
 
 async def test_a_connection_that_nobody_answers_is_given_up(autojump_clock: MockClock) -> None:
