@@ -41,6 +41,17 @@ CHARACTER_COST: Final = 5
 """Bytes that a message takes beside its body, and for each character of its headers: in memory as
 text (up to 4) and marshalled."""
 
+REJECTED_GRACE: Final = 10.0
+REJECTED_PAUSE: Final = 0.25
+"""Seconds for which frames are published again that a channel rejected before it took any, and
+between two attempts.
+
+RabbitMQ's channels nack what they are given first for a quorum queue, while the node of its leader
+is down, until the others have agreed on a new one; only to those that have spoken to the queue do
+they keep their word. A queue that is full nacks likewise, and nothing tells the two apart."""
+
+REJECTED: Final = "the broker rejected a frame: the queue is full, or has no leader"
+
 ABORT_TIMEOUT: Final = 15.0
 """Seconds in which a failed upload's abort frame finds a channel, if its own is closed."""
 
@@ -92,6 +103,9 @@ class Publication:
         self._failure: BrokerError | None = None
         # What was outstanding when the channel was lost, until it is published again.
         self._unknown: list[Message] = []
+        # What was rejected and will be published again, if all that was outstanding is.
+        self._rejected: list[Message] = []
+        self._rejected_since = math.inf
         self._recovery = trio.CancelScope()
         self._lost_since: float | None = None
         self._is_in_doubt = False
@@ -199,7 +213,7 @@ class Publication:
         while not self._is_committed:
             if self._failure is not None:
                 raise self._failure
-            if self._channel is not None and ready():
+            if self._channel is not None and not self._rejected and ready():
                 return
             with trio.move_on_at(self._deadline()) as scope:
                 await self._changed.park()
@@ -232,6 +246,8 @@ class Publication:
             return OutcomeUnknown("the commit frame's confirm is overdue: it may be committed")
         if self._publisher.blocked_since is not None:
             return BrokerBlocked("the broker has been blocked by an alarm for too long")
+        if self._rejected:
+            return QueueFull(REJECTED)
         seconds = self._config.confirm_timeout
         return ConfirmTimeout(f"the broker confirmed nothing for {seconds:g} s")
 
@@ -327,12 +343,16 @@ class Publication:
         """Free the message's room; note what went wrong."""
         self._progress = trio.current_time()
         self._lost_since = None
+        if outcome is Outcome.NACKED and self._may_be_taken_later():
+            self._keep_rejected(message)
+            return
         self._free(message)
         if outcome is Outcome.ACKED and message is self._commit and self._failure is None:
             # Whatever becomes of the channel before the upload's task gets to know of it.
             self._is_committed = True
-        elif outcome is Outcome.NACKED:
-            self._fail(QueueFull("the broker rejected a frame: the queue is full"))
+        elif outcome is Outcome.NACKED or self._rejected:
+            # A frame that is taken after one that was not makes a gap that nothing can fill.
+            self._fail(QueueFull(REJECTED))
         elif outcome is Outcome.RETURNED:
             self._fail(Unroutable("no queue is bound where this route publishes"))
         self._changed.unpark_all()
@@ -342,7 +362,8 @@ class Publication:
     def on_channel_lost(self, unknown: list[Message], error: BrokerError) -> None:
         """Keep what is unconfirmed for the next connection, unless the broker refused it."""
         self._channel = None
-        self._unknown = unknown + self._unknown
+        self._unknown = sorted(self._rejected + unknown + self._unknown, key=_seq)
+        self._rejected = []
         if isinstance(error, BrokerRefused):
             self._fail(error)
         elif self._commit is not None:
@@ -363,6 +384,33 @@ class Publication:
         self._progress = trio.current_time()
         self._changed.unpark_all()
 
+    def _may_be_taken_later(self) -> bool:
+        """Whether a nack may be of a queue that has no leader now, and not of one that is full."""
+        channel = self._channel
+        if channel is None or channel.has_taken or self._closed or self._failure is not None:
+            return False
+        self._rejected_since = min(self._rejected_since, trio.current_time())
+        return trio.current_time() < self._rejected_since + REJECTED_GRACE
+
+    def _keep_rejected(self, message: Message) -> None:
+        self._rejected.append(message)
+        if not self._outstanding:
+            self._recovery = trio.CancelScope()
+            self._publisher.spawn(self._publish_rejected)
+
+    async def _publish_rejected(self) -> None:
+        """Publish again what was rejected; nothing else is outstanding or can be meanwhile."""
+        with self._recovery:
+            await trio.sleep(REJECTED_PAUSE)
+        # It may have been lost, or given up, in between.
+        if self._channel is None or self._outstanding:
+            return
+        self._progress = trio.current_time()
+        messages, self._rejected = sorted(self._rejected, key=_seq), []
+        for message in messages:
+            self._channel.publish(message, mandatory=self._mandatory)
+        self._changed.unpark_all()
+
     def _fail(self, error: BrokerError) -> None:
         if self._is_in_doubt and not isinstance(error, OutcomeUnknown):
             # Whatever became of its second copy, the first may have been taken.
@@ -373,7 +421,7 @@ class Publication:
             self._failure = error
 
     def _give_up(self) -> None:
-        unknown, self._unknown = self._unknown, []
+        unknown, self._unknown, self._rejected = self._unknown + self._rejected, [], []
         for message in unknown:
             self._free(message)
 
@@ -400,3 +448,7 @@ class Publication:
         if self._session is not None and self._channel is not None and not self._outstanding:
             self._session.release(self._channel)
             self._channel = None
+
+
+def _seq(message: Message) -> int:
+    return int(str(message.headers["seq"]))

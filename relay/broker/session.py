@@ -55,7 +55,11 @@ class ChannelOwner(Protocol):
 
 
 class ConfirmChannel:
-    """A channel in confirm mode, used by one upload at a time."""
+    """A channel in confirm mode, used by one upload at a time.
+
+    Attributes:
+        has_taken: whether a message to its present address was acked.
+    """
 
     def __init__(self, connection: TrioConnection, channel: Channel) -> None:
         self._connection = connection
@@ -63,6 +67,7 @@ class ConfirmChannel:
         self._confirms: Confirms[Message] = Confirms()
         self._owner: ChannelOwner | None = None
         self._address: Address | None = None
+        self.has_taken = False
         self._method = {True: b"", False: b""}
         self._header = HeaderMarshaller(channel.channel_number, 2)
         connection.set_on_ack(channel.channel_number, self._on_ack)
@@ -104,6 +109,7 @@ class ConfirmChannel:
                 self._address = None
                 raise BrokerRefused("exchange or routing key is longer than 255 bytes") from exc
             self._address = address
+            self.has_taken = False
         self._owner = owner
 
     def publish(self, message: Message, *, mandatory: bool) -> None:
@@ -143,6 +149,7 @@ class ConfirmChannel:
             log.error("broker confirmed what was not published: %s", exc)
             self._connection.abort(f"confirms are out of step: {exc}")
             return
+        self.has_taken = self.has_taken or acked
         if self._owner is not None:
             for message, outcome in settled:
                 self._owner.on_settled(message, outcome)

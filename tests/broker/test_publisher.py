@@ -176,7 +176,13 @@ async def test_an_upload_that_ends_gives_its_place_in_the_queue_away() -> None:
 
 
 async def nack_the_second(broker: ScriptedBroker) -> None:
+    await broker.ack(1)
     await broker.nack(2)
+
+
+async def nack_between_acks(broker: ScriptedBroker) -> None:
+    await broker.nack(1)
+    await broker.ack(2)
 
 
 async def ack_later_tags_then_nack(broker: ScriptedBroker) -> None:
@@ -191,7 +197,8 @@ async def nack_several_over_a_gap(broker: ScriptedBroker) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", [nack_the_second, ack_later_tags_then_nack, nack_several_over_a_gap]
+    "script",
+    [nack_the_second, nack_between_acks, ack_later_tags_then_nack, nack_several_over_a_gap],
 )
 async def test_a_nacked_frame_fails_the_upload(script: Script) -> None:
     async with running(Network()) as relay:

@@ -9,8 +9,8 @@ from pika.spec import Basic, Channel, Connection
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from relay.broker.connect import BACKOFF_FIRST, BACKOFF_LAST, CONNECT_TIMEOUT, backoff
-from relay.broker.publication import ABORT_TIMEOUT
-from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown
+from relay.broker.publication import ABORT_TIMEOUT, REJECTED_GRACE
+from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown, QueueFull
 from relay.model import Abort
 from tests.broker.attempt import FRAME, Relay, running, seqs
 from tests.scripted_broker import Network, Published, ScriptedBroker
@@ -23,6 +23,74 @@ async def commit_frame(relay: Relay, broker: ScriptedBroker) -> Published:
     await broker.confirm(*await broker.published())
     (commit,) = await broker.published()
     return commit
+
+
+async def reject_all(broker: ScriptedBroker) -> None:
+    while True:
+        await broker.nack(*[message.tag for message in await broker.published(1)])
+
+
+# --- rejected -----------------------------------------------------------------------------------
+
+
+async def test_frames_rejected_before_any_was_taken_are_published_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5)
+        for _ in range(3):
+            rejected = await broker.published(4)
+            assert seqs(rejected) == [0, 1, 2, 3]
+            # In whatever order it tells.
+            await broker.nack(*[message.tag for message in reversed(rejected)])
+        await broker.confirm(*await broker.published(4))
+        (commit,) = await broker.published()
+        await broker.confirm(commit)
+        assert await upload.outcome() is None
+        relay.assert_nothing_is_held()
+
+
+async def test_a_queue_that_takes_nothing_is_full_in_the_end(autojump_clock: MockClock) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2)
+        relay.nursery.start_soon(reject_all, broker)
+        assert isinstance(await upload.outcome(), QueueFull)
+        assert trio.current_time() == pytest.approx(REJECTED_GRACE, abs=1)
+        await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
+
+
+async def test_what_was_rejected_when_the_connection_is_lost_is_published_again_in_order(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5)
+        await broker.published(4)
+        await broker.nack(3, 2)
+        await broker.cut()
+        broker = await relay.broker()
+        again = await broker.published(4)
+        assert seqs(again) == [0, 1, 2, 3]
+        await broker.confirm(*again)
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+        relay.assert_nothing_is_held()
+
+
+async def test_an_upload_given_up_while_it_is_rejected_holds_nothing(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5)
+        await broker.nack(*[message.tag for message in await broker.published(4)])
+        await wait_all_tasks_blocked()
+        upload.scope.cancel()
+        await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
 
 
 # --- on the next connection ---------------------------------------------------------------------
@@ -368,6 +436,8 @@ async def test_whatever_becomes_of_the_second_copy_the_first_may_be_committed(
         # A queue that was full with the first copy, or deleted meanwhile.
         if fate == "nacked":
             await broker.nack(second.tag)
+            with trio.move_on_after(REJECTED_GRACE + 1):
+                await reject_all(broker)
         elif fate == "returned":
             await broker.give_back(second)
             await broker.confirm(second)
