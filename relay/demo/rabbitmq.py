@@ -112,6 +112,7 @@ class RabbitMQNode:
         config: Mapping[str, str] | None = None,
         plugins: Sequence[str] = (),
         parent: Path | None = None,
+        peer: Self | None = None,
     ) -> None:
         """Makes the directory; starts nothing but the guard.
 
@@ -120,6 +121,8 @@ class RabbitMQNode:
             plugins: to enable, of those that RabbitMQ ships.
             parent: where the directory goes. By default ``$TMPDIR``, else ``/var/tmp``, because
                 ``/tmp`` is often memory and the node's data may be large.
+            peer: a node whose cluster this one joins at its first start. They share the peer's
+                cookie and port mapper, so it must have been started, and be closed last.
 
         Raises:
             RabbitMQMissing: RabbitMQ or Erlang's port mapper is not installed.
@@ -129,13 +132,18 @@ class RabbitMQNode:
         self._epmd_path = "epmd" if tree else _find_epmd()
         self._run_in_tree = ["unshare", "--mount", "sh", "-c", _IN_TREE, tree] if tree else []
         self.port, self._distribution_port, self._epmd_port = free_ports(3)
+        self._cookie = secrets.token_hex(16)
+        self._own_epmd = peer is None
+        if peer is not None:
+            self._epmd_port, self._cookie = peer._epmd_port, peer._cookie
         self.name = f"relay-{secrets.token_hex(6)}@localhost"
         parent = parent or Path(os.environ.get("TMPDIR") or _LARGE_FILES)
         self.directory = Path(tempfile.mkdtemp(prefix="relay-rabbitmq-", dir=parent))
         self.log = self.directory / "node.log"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._guard, self._lifeline = _start_guard(self.directory)
-        self._write_files({**_CONFIG, **(config or {})}, plugins)
+        cluster = {} if peer is None else _join(peer.name, self.name)
+        self._write_files({**_CONFIG, **cluster, **(config or {})}, plugins)
 
     @property
     def url(self) -> str:
@@ -268,7 +276,7 @@ class RabbitMQNode:
         for name in ("home", "conf.d", "data", "logs", "generated"):
             (directory / name).mkdir()
         cookie = directory / "home" / ".erlang.cookie"
-        cookie.write_text(secrets.token_hex(16))
+        cookie.write_text(self._cookie)
         cookie.chmod(0o400)  # Erlang refuses one that others may read
         (directory / "environment.conf").touch()
         (directory / "enabled_plugins").write_text(f"[{','.join(plugins)}].\n")
@@ -315,7 +323,7 @@ class RabbitMQNode:
     def _start_epmd(self, deadline: float) -> None:
         """Has the port mapper up before the node looks for one: else it would start its own."""
         epmd = self._processes.get("epmd")
-        if epmd is None or epmd.poll() is not None:
+        if self._own_epmd and (epmd is None or epmd.poll() is not None):
             self._spawn("epmd", [self._epmd_path, "-port", str(self._epmd_port), "-address", HOST])
             self._wait_for("epmd", lambda: _accepts(self._epmd_port), deadline)
 
@@ -370,6 +378,18 @@ class RabbitMQNode:
 
     def _tail(self) -> str:
         return f"; the end of its log:\n{self.log.read_text(errors='replace')[-_LOG_TAIL:]}"
+
+
+def _join(peer: str, name: str) -> dict[str, str]:
+    """Configuration that has the node ``name``, while it has no data, join the cluster of ``peer``.
+
+    A node that joins must be in its own list: it locks the nodes there against others that join.
+    """
+    return {
+        "cluster_formation.peer_discovery_backend": "classic_config",
+        "cluster_formation.classic_config.nodes.1": peer,
+        "cluster_formation.classic_config.nodes.2": name,
+    }
 
 
 def _start_guard(directory: Path) -> tuple[subprocess.Popen[bytes], io.FileIO]:
