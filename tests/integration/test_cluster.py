@@ -24,6 +24,15 @@ FRAMES: Final = 16
 PACE: Final = 0.03
 """Seconds between two frames of a client. The load is to be steady, not large."""
 
+FAILURES: Final = {
+    (503, "broker-unavailable"),
+    (504, "confirm-timeout"),
+    (504, "outcome-unknown"),
+    # Where the leader's node is dead, a channel that is new rejects for as long as it is.
+    (507, "queue-full"),
+}
+"""What uploads may fail with while there is no majority; which, depends on where the leader was."""
+
 FAILURE_MAX: Final = 30.0
 """Seconds until a client knows. Of a node that says nothing: ``confirm_timeout``, then
 ``reconnect_grace``, then ``confirm_timeout`` again: 6 s; the rest is for a busy machine."""
@@ -174,14 +183,12 @@ def test_without_a_majority_uploads_fail_in_time_and_with_one_they_work_again(
 
         daemon.wait_until(works, "uploads work again")
         *failed, last = answers
-        assert all(
-            (answer.status, answer.json()["code"])
-            in {(503, "broker-unavailable"), (504, "confirm-timeout")}
-            for answer in failed
-        )
+        said = {(answer.status, answer.json()["code"]) for answer in failed}
+        assert said <= FAILURES, "\n".join(daemon.log)
         assert daemon.stop() == 0
     items = [message.decode() for message in messages_now(cluster.urls[0], QUEUE)]
     transfers = reassemble(iter(items))
-    committed = {name for name, transfer in transfers.items() if transfer.committed}
+    unknown = {a.json()["transfer"] for a in failed if a.json()["code"] == "outcome-unknown"}
+    committed = {name for name, transfer in transfers.items() if transfer.committed} - unknown
     assert committed == {first.json()["transfer"], last.json()["transfer"]}
     assert all(transfers[name].parts[0].data == body for name in committed)
