@@ -19,9 +19,9 @@ import pika
 import trio
 
 from relay.broker.publisher import CHANNEL_TIMEOUT
+from relay.demo.daemon import Daemon, DaemonFailed
 from relay.demo.rabbitmq import RabbitMQNode
 from relay.protocol.wire import WireError
-from tests.daemon import Daemon, DaemonFailed
 from tests.fault_oracle import (
     COMMITTED,
     HUNG,

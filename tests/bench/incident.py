@@ -19,10 +19,10 @@ from typing import Protocol
 import pika
 import trio
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
 from tests.bench.plot import Curve, Panel, draw
 from tests.bench.wave import MIB, Tally, Wave, run_wave
-from tests.daemon import Daemon
 from tests.incident.flask_process import FlaskService
 from tests.incident.observe import resident_bytes, temporary_bytes, written_bytes
 

@@ -16,8 +16,8 @@ import pika
 import pytest
 from pika.adapters.blocking_connection import BlockingChannel
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
-from tests.daemon import Daemon
 from tests.incident.flask_process import FlaskService
 from tests.incident.held_upload import HeldUpload, Part, upload
 from tests.incident.inotify import FileWatch

@@ -14,12 +14,12 @@ import trustme
 from pika.adapters.blocking_connection import BlockingChannel
 
 import relay
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
 from relay.model import Abort
 from relay.protocol.reassembly import Aborted, Reassembler
 from relay.protocol.wire import decode
 from tests.certificates import save_ca
-from tests.daemon import Daemon
 
 
 @dataclass

@@ -21,9 +21,9 @@ import pytest
 import requests
 from pika.compat import long
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
 from relay.protocol.framing import RECEIPT_TEXT
-from tests.daemon import Daemon
 from tests.queue_reader import Delivered, messages_in, messages_left, reassemble
 from tests.uploading import (
     FRAME_SIZE,

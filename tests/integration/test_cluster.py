@@ -8,9 +8,9 @@ from typing import Final, Self
 
 import pytest
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
 from tests.cluster import Cluster
-from tests.daemon import Daemon
 from tests.queue_reader import messages_now, reassemble, transfers_in
 from tests.uploading import Answer, RawConnection, content, request, request_head
 

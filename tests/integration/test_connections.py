@@ -5,8 +5,8 @@ from typing import Final
 
 import requests
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
-from tests.daemon import Daemon
 from tests.queue_reader import transfers_in
 from tests.uploading import content
 

@@ -12,10 +12,10 @@ from typing import Final, Self
 
 import pytest
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
 from relay.model import Abort, Frame
 from relay.server.uploads import READ_SIZE_MAX
-from tests.daemon import Daemon
 from tests.queue_reader import messages_left, messages_now, transfers_in
 from tests.uploading import (
     FRAME_SIZE,

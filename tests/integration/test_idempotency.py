@@ -11,8 +11,8 @@ from typing import Any
 import pika
 import pytest
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
-from tests.daemon import Daemon
 from tests.queue_reader import messages_left, transfers_in
 
 QUEUE = "idempotency"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
-from tests.daemon import Daemon
 from tests.uploading import RawConnection, chunked, request, request_head
 
 QUEUE: Final = "leaks"

@@ -8,8 +8,8 @@ from typing import Final, Self
 
 import pytest
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQFailed, RabbitMQMissing, RabbitMQNode
-from tests.daemon import Daemon
 from tests.queue_reader import Received, messages_left, transfers_in
 from tests.uploading import Answer, RawConnection, content, request, request_head
 

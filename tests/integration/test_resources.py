@@ -18,9 +18,9 @@ from typing import Final
 import pika
 import pytest
 
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
 from relay.server.uploads import READ_SIZE_MAX
-from tests.daemon import Daemon
 from tests.incident.observe import open_files
 from tests.queue_reader import messages_now
 from tests.uploading import (

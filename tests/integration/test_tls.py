@@ -14,9 +14,9 @@ import requests
 import trustme
 
 import relay
+from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import HOST, RabbitMQNode, free_ports
 from tests.certificates import Pair, expired, save, save_ca
-from tests.daemon import Daemon
 from tests.queue_reader import transfers_in
 
 CLIENT = "uploader"
