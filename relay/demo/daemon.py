@@ -62,7 +62,6 @@ class Daemon:
         for url in urls:
             self._command += ["--amqp", url]
         self._env = {**(os.environ if env is None else env)}
-        self._env.setdefault("PYTHONPATH", str(Path(__file__).parents[2]))
         self._cwd = cwd
         self._wait_ready = wait_ready
         self._process: subprocess.Popen[str] | None = None
