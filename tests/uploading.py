@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import quote
 
+from relay.demo.daemon import Daemon
 from relay.protocol.framing import RECEIPT_TEXT
 from relay.server.uploads import READ_BUDGET, READ_SIZE_MIN
 
@@ -191,3 +192,16 @@ class RawConnection:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def upload(daemon: Daemon, route: str = "plain", body: bytes = b"hello") -> Answer:
+    """A raw upload on a connection of its own."""
+    with RawConnection(daemon.address) as connection:
+        connection.send(request(f"/upload/{route}", body))
+        return connection.answer()
+
+
+def check_problem(answer: Answer, status: int, code: str) -> str:
+    """The answer is that problem; returns its detail."""
+    assert (answer.status, answer.json()["code"]) == (status, code)
+    return str(answer.json()["detail"])

@@ -24,9 +24,11 @@ from tests.uploading import (
     Part,
     RawConnection,
     browser_form,
+    check_problem,
     content,
     request,
     request_head,
+    upload,
 )
 
 MIB: Final = 1 << 20
@@ -70,19 +72,6 @@ def victim() -> Iterator[RabbitMQNode]:
         pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
     with node:
         yield node
-
-
-def upload(daemon: Daemon, route: str = "plain", body: bytes = b"hello") -> Answer:
-    """A raw upload on a connection of its own."""
-    with RawConnection(daemon.address) as connection:
-        connection.send(request(f"/upload/{route}", body))
-        return connection.answer()
-
-
-def check_problem(answer: Answer, status: int, code: str) -> str:
-    """The answer is that problem; returns its detail."""
-    assert (answer.status, answer.json()["code"]) == (status, code)
-    return str(answer.json()["detail"])
 
 
 def check_next_upload(daemon: Daemon, url: str, *, ended: int) -> None:

@@ -11,7 +11,15 @@ import pytest
 from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQFailed, RabbitMQMissing, RabbitMQNode
 from tests.queue_reader import Received, messages_left, transfers_in
-from tests.uploading import Answer, RawConnection, content, request, request_head
+from tests.uploading import (
+    Answer,
+    RawConnection,
+    check_problem,
+    content,
+    request,
+    request_head,
+    upload,
+)
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -49,19 +57,6 @@ def node() -> Iterator[RabbitMQNode]:
         pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
     with node:
         yield node
-
-
-def upload(daemon: Daemon, route: str = "plain", body: bytes = b"hello") -> Answer:
-    """A raw upload on a connection of its own."""
-    with RawConnection(daemon.address) as connection:
-        connection.send(request(f"/upload/{route}", body))
-        return connection.answer()
-
-
-def check_problem(answer: Answer, status: int, code: str) -> str:
-    """The answer is that problem; returns its detail."""
-    assert (answer.status, answer.json()["code"]) == (status, code)
-    return str(answer.json()["detail"])
 
 
 def check_next_upload(daemon: Daemon, url: str) -> None:
