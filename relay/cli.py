@@ -51,16 +51,18 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _receive(arguments: argparse.Namespace) -> int:
-    from relay.receiver.consumer import receive
+    from relay.receiver.consumer import Options, receive
 
     return receive(
-        url=arguments.amqp,
-        ca_file=arguments.ca_file,
-        certificate_file=arguments.certificate_file,
-        key_file=arguments.key_file,
-        queue=arguments.queue,
-        output=arguments.output,
-        count=arguments.count,
+        Options(
+            url=arguments.amqp,
+            ca_file=arguments.ca_file,
+            certificate_file=arguments.certificate_file,
+            key_file=arguments.key_file,
+            queue=arguments.queue,
+            output=arguments.output,
+            count=arguments.count,
+        )
     )
 
 

@@ -30,6 +30,7 @@ TABLE = """
     allocator              |                         | all
                            |                         |
     receiver.consumer      | trio pika               | server transfer
+    receiver.link          | trio pika               | server transfer protocol
     receiver.files         | google_crc32c           | server broker transfer
     receiver.keys          |                         | server broker transfer protocol
     receiver               |                         | server broker transfer

@@ -46,7 +46,16 @@ from relay.protocol.reassembly import (
 )
 from relay.protocol.wire import WireError, decode
 
-__all__ = ["Delivered", "Earlier", "KnownKey", "Receiver", "Refused", "Settlement", "Sink"]
+__all__ = [
+    "Delivered",
+    "Earlier",
+    "KnownKey",
+    "Problem",
+    "Receiver",
+    "Refused",
+    "Settlement",
+    "Sink",
+]
 
 _TRANSFER_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """A UUID in lower case. Anything else could not be used as a name without further thought."""
@@ -130,6 +139,10 @@ class Sink(ABC):
     def abort(self, transfer_id: str) -> None:
         """Drop all that there is of the transfer, which may be nothing."""
 
+    def fail(self, transfer_id: str, reason: str) -> None:
+        """The transfer cannot be completed: drop it, or keep what there is of it for people."""
+        self.abort(transfer_id)
+
     def repeated(self, transfer: Transfer) -> None:
         """The transfer is complete, but the same upload was delivered before: drop it.
 
@@ -174,20 +187,41 @@ class Delivered:
 
 
 @dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that an operator should know; its text is one line for people.
+
+    Attributes:
+        kind: one of a few words, for programs: ``not-a-frame``, ``stray``, ``aborted``,
+            ``expired``, ``repeated``, or a ``reassembly.Fault``.
+        detail: the line without the transfer.
+        transfer_id: None if the message told none.
+    """
+
+    kind: str
+    detail: str
+    transfer_id: str | None = None
+
+    def __str__(self) -> str:
+        of = "" if self.transfer_id is None else f"transfer {self.transfer_id} "
+        return of + self.detail
+
+
+@dataclass(frozen=True, slots=True)
 class Settlement:
     """What became of all deliveries fed since the last one.
 
     Attributes:
         ack: delivery tags to acknowledge.
-        reject: delivery tags to reject without requeueing, which dead-letters them.
+        reject: delivery tags to reject without requeueing, which dead-letters them, each with
+            the reason.
         delivered: transfers that are complete.
-        problems: one line each, for people.
+        problems: what went wrong, each told once.
     """
 
     ack: tuple[int, ...]
-    reject: tuple[int, ...]
+    reject: Mapping[int, str]
     delivered: tuple[Delivered, ...]
-    problems: tuple[str, ...]
+    problems: tuple[Problem, ...]
 
 
 class Receiver:
@@ -231,10 +265,10 @@ class Receiver:
         self._earlier: dict[str, str] = {}
         # Since the last settlement:
         self._tags: list[tuple[int, str]] = []
-        self._reject: list[int] = []
-        self._doomed: set[str] = set()
+        self._reject: dict[int, str] = {}
+        self._doomed: dict[str, str] = {}
         self._delivered: list[Delivered] = []
-        self._problems: list[str] = []
+        self._problems: list[Problem] = []
 
     @property
     def unsettled(self) -> int:
@@ -270,13 +304,14 @@ class Receiver:
             if not _TRANSFER_ID.fullmatch(transfer_id):
                 raise WireError("the transfer's id is not a UUID in lower case")
         except WireError as exc:
-            self._reject.append(tag)
-            self._problems.append(f"a message is not a frame: {exc}")
+            self._reject[tag] = f"not a frame: {exc}"
+            self._problems.append(Problem("not-a-frame", f"a message is not a frame: {exc}"))
             return
-        if self._take(item, transfer_id):
+        reason = self._take(item, transfer_id)
+        if reason is None:
             self._tags.append((tag, transfer_id))
         else:
-            self._reject.append(tag)
+            self._reject[tag] = reason
 
     def settle(self) -> Settlement:
         """Make safe what was fed, and say which deliveries may be acked, or must be rejected.
@@ -298,7 +333,7 @@ class Receiver:
             tuple(tag for tag, transfer_id in self._tags if transfer_id not in self._doomed),
             # Frames that were good, of a transfer that then failed, are of use to nobody else
             # than who looks at the dead letters.
-            (*self._reject, *(tag for tag, of in self._tags if of in self._doomed)),
+            self._reject | {tag: self._doomed[of] for tag, of in self._tags if of in self._doomed},
             tuple(self._delivered),
             tuple(self._problems),
         )
@@ -310,11 +345,11 @@ class Receiver:
     def disconnected(self) -> None:
         """Forget the deliveries that were not settled: the channel is gone, they come again."""
         self._tags.clear()
-        self._reject.clear()
+        self._reject = {}
         self._doomed.clear()
 
-    def _take(self, item: Frame | Abort, transfer_id: str) -> bool:
-        """Returns whether the delivery may be acked once it is safe."""
+    def _take(self, item: Frame | Abort, transfer_id: str) -> str | None:
+        """Returns why the delivery must be rejected; None if it may be acked once it is safe."""
         now = self._clock()
         seq = item.seq
         try:
@@ -339,14 +374,14 @@ class Receiver:
         elif known is not None:
             self._apply(self._reassembler.restore(transfer_id, known, now))
 
-    def _apply(self, events: list[Event]) -> bool:
-        good = True
+    def _apply(self, events: list[Event]) -> str | None:
+        reason = None
         for event in events:
-            good &= self._apply_one(event)
-        return good
+            reason = self._apply_one(event) or reason
+        return reason
 
-    def _apply_one(self, event: Event) -> bool:
-        """Returns False if the frame that caused the event must be rejected."""
+    def _apply_one(self, event: Event) -> str | None:
+        """Returns why the frame that caused the event must be rejected, if it must."""
         sink = self._sink
         match event:
             case PartData():
@@ -360,9 +395,10 @@ class Receiver:
                 self._deliver(Delivered(event.transfer, event.totals, where))
             case Repeated():
                 sink.repeated(event.transfer)
-                self._problems.append(
-                    f"transfer {event.transfer.id} dropped: {event.of}, with the same "
-                    "Idempotency-Key, was delivered before"
+                self._report(
+                    "repeated",
+                    f"dropped: {event.of}, with the same Idempotency-Key, was delivered before",
+                    event.transfer.id,
                 )
             case TransferStarted() | Dropped():
                 pass
@@ -370,28 +406,31 @@ class Receiver:
                 sink.abort(event.transfer_id)
                 if event.frames:
                     reason = event.reason if _REASON.fullmatch(event.reason) else "unknown"
-                    self._problems.append(f"transfer {event.transfer_id} aborted: {reason}")
+                    self._report("aborted", f"aborted: {reason}", event.transfer_id)
             case Parked():
                 self._park(event)
             case Expired():
                 sink.abort(event.transfer_id)
                 self._problems.append(_expired(event.transfer_id))
             case Failed():
-                sink.abort(event.transfer_id)
-                self._doomed.add(event.transfer_id)
-                self._problems.append(
-                    f"transfer {event.transfer_id} failed: {event.detail} ({event.fault})"
-                )
-                return False
+                return self._fail(event)
             case Stray():
-                self._problems.append(
-                    f"transfer {event.transfer_id}: its beginning was missed, "
-                    f"frame {event.seq} is the first to come"
-                )
-                return False
+                reason = f"has no beginning: frame {event.seq} is the first that came"
+                self._report("stray", reason, event.transfer_id)
+                return reason
             case Ignored():
-                return False
-        return True
+                return "the transfer has failed"
+        return None
+
+    def _fail(self, event: Failed) -> str:
+        reason = f"failed: {event.detail} ({event.fault})"
+        self._sink.fail(event.transfer_id, reason)
+        self._doomed[event.transfer_id] = reason
+        self._report(event.fault, reason, event.transfer_id)
+        return reason
+
+    def _report(self, kind: str, detail: str, transfer_id: str) -> None:
+        self._problems.append(Problem(kind, detail, transfer_id))
 
     def _park(self, event: Parked) -> None:
         try:
@@ -406,5 +445,5 @@ class Receiver:
         self._delivered.append(delivered)
 
 
-def _expired(transfer_id: str) -> str:
-    return f"transfer {transfer_id} expired: it fell silent before its end"
+def _expired(transfer_id: str) -> Problem:
+    return Problem("expired", "expired: it fell silent before its end", transfer_id)

@@ -8,8 +8,7 @@ back by itself. Which deliveries may be acked is ``Receiver``'s decision, where 
 
 import random
 import sys
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -17,17 +16,14 @@ from typing import Final
 
 import pika.exceptions
 import trio
-from pika.channel import Channel
-from pika.connection import Connection, Parameters
-from pika.spec import Basic, BasicProperties
 
-from relay.broker.adapter import TrioConnection
 from relay.broker.connect import Connector, backoff
 from relay.broker.session import translate
 from relay.config import AmqpConfig, ConfigError, parse_amqp_url
 from relay.errors import BrokerUnavailable
 from relay.receiver import Receiver, Settlement
 from relay.receiver.files import FileSink, OutputInUse
+from relay.receiver.link import Delivery, Link
 
 PREFETCH: Final = 128
 """Unacked deliveries: 16 MiB of frames of the default size. Half of it is one batch on disk."""
@@ -44,9 +40,6 @@ IDLE: Final = 1.0
 OPEN_TIMEOUT: Final = 15.0
 """Seconds from a stream to the broker to the first delivery being possible."""
 
-CLOSE_TIMEOUT: Final = 5.0
-"""Seconds in which the broker takes the last acks; without them it delivers once more."""
-
 _FATAL: Final = (
     pika.exceptions.ProbableAuthenticationError,
     pika.exceptions.ProbableAccessDeniedError,
@@ -59,31 +52,36 @@ _NOT_ALLOWED: Final = 530
 """AMQP's reply code for, among others, a virtual host that does not exist."""
 
 
-def receive(
-    *,
-    url: str,
-    queue: str,
-    output: Path,
-    count: int | None = None,
-    prefetch: int = PREFETCH,
-    ca_file: str = "",
-    certificate_file: str = "",
-    key_file: str = "",
-) -> int:
-    """Write the transfers that come from ``queue`` into directories below ``output``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What ``relay receive`` is asked for.
 
-    One line on standard output for each, problems on standard error. Ends after ``count``
-    transfers, or on SIGINT or SIGTERM, whose handlers it takes over: call it from the main thread.
-
-    Args:
+    Attributes:
         url: of the broker, amqp or amqps.
         queue: must exist.
         output: a directory, made if it is missing; one receiver at a time.
-        count: None for no end.
+        count: transfers after which it is done; None for no end.
         prefetch: deliveries to hold unacked, 2 to PREFETCH_MAX.
         ca_file: as ``[amqp]`` has it, and so the next two.
         certificate_file: a client certificate.
         key_file: its key.
+    """
+
+    url: str
+    queue: str
+    output: Path
+    count: int | None = None
+    prefetch: int = PREFETCH
+    ca_file: str = ""
+    certificate_file: str = ""
+    key_file: str = ""
+
+
+def receive(options: Options) -> int:
+    """Write the transfers that come from a queue into directories.
+
+    One line on standard output for each, problems on standard error. Ends after ``count``
+    transfers, or on SIGINT or SIGTERM, whose handlers it takes over: call it from the main thread.
 
     Returns:
         The exit code: 0 for success, also when a signal ended it; 1 if it failed, or was stopped
@@ -92,155 +90,41 @@ def receive(
     Raises:
         ConfigError: the URL or a file for TLS cannot be used.
     """
+    connector = _connector(options)
     try:
-        parse_amqp_url(url)
-    except ValueError as exc:
-        raise ConfigError(f"--amqp: must be {exc}") from exc
-    config = AmqpConfig(
-        urls=(url,), ca_file=ca_file, certificate_file=certificate_file, key_file=key_file
-    )
-    connector = Connector(config, name="relay receive", naming=_flag)
-    try:
-        sink = FileSink(output)
+        sink = FileSink(options.output)
     except (OutputInUse, OSError) as exc:
         _say(str(exc))
         return 1
     try:
-        prefetch = min(max(prefetch, 2), PREFETCH_MAX)
-        consumer = _Consumer(connector, queue, Receiver(sink), count, prefetch)
-        return trio.run(consumer.run)
+        return trio.run(_Consumer(connector, Receiver(sink), options).run)
     finally:
         sink.close()
 
 
-@dataclass(frozen=True, slots=True)
-class _Delivery:
-    tag: int
-    properties: BasicProperties
-    body: bytes
-
-
-class _Link:
-    """One connection that consumes one queue, until it ends; it never reconnects.
-
-    pika's callbacks change state and wake the one who waits, no more.
-    """
-
-    def __init__(
-        self, parameters: Parameters, stream: trio.abc.Stream, queue: str, prefetch: int
-    ) -> None:
-        self.consuming = False
-        self.deliveries: deque[_Delivery] = deque()
-        self.error: Exception | None = None
-        self._stream = stream
-        self._queue = queue
-        self._prefetch = prefetch
-        self._channel: Channel | None = None
-        self._changed = trio.lowlevel.ParkingLot()
-        self._connection = TrioConnection(
-            parameters, stream, on_open=self._on_open, on_closed=self._on_closed
-        )
-
-    async def run(self) -> None:
-        """Drive the connection until ``close``, or until it is lost; ``error`` tells why."""
-        # Shielded, so that the last acks leave when the task is cancelled; close() ends it.
-        with trio.CancelScope(shield=True):
-            if self.error is None:
-                await self._connection.run()
-            else:
-                # Closed before it could begin: the connection would not notice.
-                await trio.aclose_forcefully(self._stream)
-
-    async def wait_until(self, ready: Callable[[], bool]) -> None:
-        """Wait until something is ready, or the connection has ended."""
-        while self.error is None and not ready():
-            await self._changed.park()
-
-    def settle(self, settlement: Settlement) -> None:
-        """Reject and ack. Of no effect if the channel is gone: all of it will come again."""
-        channel = self._channel
-        if self.error is not None or channel is None or not channel.is_open:
-            return
-        for tag in settlement.reject:
-            channel.basic_reject(tag, requeue=False)
-        if settlement.ack:
-            # All up to this one have been settled, so one ack does for many.
-            channel.basic_ack(max(settlement.ack), multiple=True)
-
-    def take(self, limit: int) -> list[_Delivery]:
-        """Up to ``limit`` deliveries, in order."""
-        return [self.deliveries.popleft() for _ in range(min(limit, len(self.deliveries)))]
-
-    async def close(self) -> None:
-        """End the connection when the broker has taken what was settled.
-
-        Not in pika's way: that cancels the consumer first, and quorum queues then put deliveries
-        that are under way behind those that wait. The next consumer would see a gap.
-        """
-        channel = self._channel
-        if self.error is None and self.consuming and channel is not None:
-            # The answer to any method on the channel comes after its acks have been taken.
-            flushed = trio.Event()
-            channel.basic_qos(prefetch_count=self._prefetch, callback=lambda _: self._set(flushed))
-            with trio.move_on_after(CLOSE_TIMEOUT):
-                await self.wait_until(flushed.is_set)
-        self._connection.abort("relay receive is done")
-        self._end(pika.exceptions.StreamLostError("relay receive is done"))
-
-    def _on_open(self, connection: Connection) -> None:
-        connection.channel(on_open_callback=self._on_channel_open)
-
-    def _on_channel_open(self, channel: Channel) -> None:
-        self._channel = channel
-        channel.add_on_close_callback(lambda _, reason: self._end(reason))
-        channel.add_on_cancel_callback(
-            lambda _: self._end(pika.exceptions.ConsumerCancelled("the queue was deleted or moved"))
-        )
-        channel.basic_qos(prefetch_count=self._prefetch, callback=self._on_qos)
-
-    def _on_qos(self, _frame: object) -> None:
-        assert self._channel is not None
-        self._channel.basic_consume(self._queue, self._on_message, callback=self._on_consuming)
-
-    def _on_consuming(self, _frame: object) -> None:
-        self.consuming = True
-        self._changed.unpark_all()
-
-    def _on_message(
-        self, _channel: Channel, method: Basic.Deliver, properties: BasicProperties, body: bytes
-    ) -> None:
-        self.deliveries.append(_Delivery(int(method.delivery_tag or 0), properties, body))
-        self._changed.unpark_all()
-
-    def _set(self, event: trio.Event) -> None:
-        event.set()
-        self._changed.unpark_all()
-
-    def _on_closed(self, _connection: Connection, reason: Exception) -> None:
-        self._end(reason)
-
-    def _end(self, reason: Exception) -> None:
-        if self.error is None:
-            self.error = reason
-        self._changed.unpark_all()
+def _connector(options: Options) -> Connector:
+    try:
+        parse_amqp_url(options.url)
+    except ValueError as exc:
+        raise ConfigError(f"--amqp: must be {exc}") from exc
+    config = AmqpConfig(
+        urls=(options.url,),
+        ca_file=options.ca_file,
+        certificate_file=options.certificate_file,
+        key_file=options.key_file,
+    )
+    return Connector(config, name="relay receive", naming=_flag)
 
 
 class _Consumer:
     """Connects, consumes, reconnects, until there is a reason to stop."""
 
-    def __init__(
-        self,
-        connector: Connector,
-        queue: str,
-        receiver: Receiver,
-        count: int | None,
-        prefetch: int,
-    ) -> None:
+    def __init__(self, connector: Connector, receiver: Receiver, options: Options) -> None:
         self._connector = connector
-        self._queue = queue
         self._receiver = receiver
-        self._count = count
-        self._prefetch = prefetch
+        self._queue = options.queue
+        self._count = options.count
+        self._prefetch = min(max(options.prefetch, 2), PREFETCH_MAX)
         self._failed = False
         self._attempt = 0
 
@@ -272,7 +156,7 @@ class _Consumer:
             stream = await self._connector.open(broker)
         except BrokerUnavailable as exc:
             return str(exc)
-        link = _Link(broker, stream, self._queue, self._prefetch)
+        link = Link(broker, stream, self._queue, self._prefetch)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(link.run)
             try:
@@ -281,7 +165,7 @@ class _Consumer:
                 with trio.CancelScope(shield=True):
                     await link.close()
 
-    async def _consume(self, link: _Link) -> str | None:
+    async def _consume(self, link: Link) -> str | None:
         with trio.move_on_after(OPEN_TIMEOUT):
             await link.wait_until(lambda: link.consuming)
         if link.error is None and not link.consuming:
@@ -305,7 +189,7 @@ class _Consumer:
                 return None
         return self._after(link.error, consuming=link.consuming)
 
-    def _work(self, batch: list[_Delivery]) -> Settlement:
+    def _work(self, batch: list[Delivery]) -> Settlement:
         """In a worker thread: no more than one at a time."""
         for delivery in batch:
             if self._is_complete():
@@ -351,7 +235,7 @@ async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope
 
 def _report(settlement: Settlement) -> None:
     for problem in settlement.problems:
-        _say(problem)
+        _say(str(problem))
     for delivered in settlement.delivered:
         totals = delivered.totals
         print(

@@ -80,6 +80,11 @@ def receiving(output: Path, *, max_open: int = 256) -> Iterator[Receiver]:
         yield Receiver(sink, max_open=max_open)
 
 
+def told(settlement: Settlement) -> tuple[str, ...]:
+    """The problems, as people see them."""
+    return tuple(map(str, settlement.problems))
+
+
 def receive(output: Path, frames: Sequence[Frame]) -> Settlement:
     with receiving(output) as receiver:
         give_frames(receiver, frames)
@@ -166,7 +171,7 @@ def test_an_abort_leaves_nothing(tmp_path: Path) -> None:
         give(receiver, 3, encode_abort(transfer(0), 2, "client-gone"))
         settlement = receiver.settle()
     assert settlement.ack == (3,)
-    assert settlement.problems == (f"transfer {transfer_id(0)} aborted: client-gone",)
+    assert told(settlement) == (f"transfer {transfer_id(0)} aborted: client-gone",)
     assert os.listdir(tmp_path) == [STAGING]
     assert staged(tmp_path) == []
 
@@ -175,7 +180,7 @@ def test_the_reason_of_an_abort_is_shown_only_if_it_looks_like_one(tmp_path: Pat
     with receiving(tmp_path) as receiver:
         give_frames(receiver, one(b"123456789")[:2])
         give(receiver, 3, encode_abort(transfer(0), 2, "\x1b[31mlook here"))
-        assert receiver.settle().problems == (f"transfer {transfer_id(0)} aborted: unknown",)
+        assert told(receiver.settle()) == (f"transfer {transfer_id(0)} aborted: unknown",)
 
 
 def test_many_parts_are_all_in_the_receipt(tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_a_failed_transfer_leaves_nothing_and_all_its_unsettled_frames_are_rejec
         settlement = receiver.settle()
     assert settlement.ack == (2, 3, 6)
     assert sorted(settlement.reject) == [1, 4, 5]
-    assert settlement.problems == (
+    assert told(settlement) == (
         f"transfer {transfer_id(0)} failed: frame 2 came where 1 was due (gap)",
     )
     assert visible(tmp_path) == {
@@ -217,7 +222,7 @@ def test_every_known_digest_is_verified(tmp_path: Path, algorithm: str) -> None:
     settlement = receive(tmp_path, [*frames[:-1], _tail(frames[-1], algorithm, "00")])
     assert not settlement.ack
     assert sorted(settlement.reject) == [1, 2, 3]
-    assert f"{algorithm} of part 0 does not match" in settlement.problems[0]
+    assert f"{algorithm} of part 0 does not match" in str(settlement.problems[0])
     assert os.listdir(tmp_path) == [STAGING]
 
 
@@ -240,7 +245,7 @@ def test_an_id_that_is_no_uuid_is_rejected(tmp_path: Path, correlation_id: objec
             body=message.body,
         )
         settlement = receiver.settle()
-    assert settlement.reject == (1,)
+    assert [*settlement.reject] == [1]
     assert len(settlement.problems) == 1
     assert os.listdir(tmp_path) == [STAGING]
 
@@ -251,12 +256,12 @@ def test_a_message_of_somebody_else_is_rejected_and_the_next_one_taken(tmp_path:
         give(receiver, 1, message, app_id="billing")
         give(receiver, 2, message)
         settlement = receiver.settle()
-    assert (settlement.ack, settlement.reject) == ((2,), (1,))
+    assert (settlement.ack, [*settlement.reject]) == ((2,), [1])
 
 
 def test_frames_of_a_missed_beginning_are_rejected_with_one_word_about_it(tmp_path: Path) -> None:
     settlement = receive(tmp_path, one(b"123456789")[1:])
-    assert settlement.reject == (1, 2)
+    assert [*settlement.reject] == [1, 2]
     assert len(settlement.problems) == 1
 
 
@@ -268,7 +273,7 @@ def test_a_silent_transfer_expires(tmp_path: Path) -> None:
         assert receiver.settle().ack == (1, 2)
         now = 100.0
         settlement = receiver.settle()
-    assert "expired" in settlement.problems[0]
+    assert "expired" in str(settlement.problems[0])
     assert staged(tmp_path) == []
 
 
@@ -280,7 +285,7 @@ def test_what_an_earlier_process_staged_expires_by_the_age_of_its_files(tmp_path
     for path in (tmp_path / STAGING).glob(f"{transfer_id(0)}*"):
         os.utime(path, (0, 0))
     with receiving(tmp_path) as receiver:
-        assert "expired" in receiver.settle().problems[0]
+        assert "expired" in str(receiver.settle().problems[0])
     assert staged(tmp_path) == [transfer_id(1), f"{transfer_id(1)}.journal"]
 
 
@@ -367,7 +372,7 @@ def test_a_directory_that_exists_is_not_touched(tmp_path: Path, content: list[st
     for name in content:
         (directory / name).write_text("mine")
     settlement = receive(tmp_path, one(b"123456789"))
-    assert "exists already" in settlement.problems[0]
+    assert "exists already" in str(settlement.problems[0])
     assert sorted(settlement.reject) == [1, 2, 3]
     assert os.listdir(directory) == content
     assert staged(tmp_path) == []
@@ -381,7 +386,7 @@ def test_a_directory_that_appears_meanwhile_is_not_touched(tmp_path: Path) -> No
         (tmp_path / transfer_id(0)).mkdir()
         give_frames(receiver, frames[2:], first_tag=3)
         settlement = receiver.settle()
-    assert settlement.reject == (3,)
+    assert [*settlement.reject] == [3]
     assert os.listdir(tmp_path / transfer_id(0)) == []
 
 
@@ -406,7 +411,7 @@ def test_a_staged_file_that_became_a_link_is_not_followed(tmp_path: Path) -> Non
     part.unlink()
     part.symlink_to(victim)
     settlement = receive(output, frames[2:])
-    assert settlement.reject == (1,)
+    assert [*settlement.reject] == [1]
     assert victim.read_bytes() == b"a long and precious text"
 
 
@@ -428,7 +433,7 @@ def test_a_second_transfer_with_the_same_key_is_dropped_and_told(tmp_path: Path)
         assert receiver.delivered == 1
     assert settlement.ack == tuple(range(1, 10))
     assert [d.transfer.id for d in settlement.delivered] == [transfer_id(0)]
-    assert settlement.problems == (
+    assert told(settlement) == (
         f"transfer {transfer_id(1)} dropped: {transfer_id(0)}, with the same Idempotency-Key, "
         "was delivered before",
     )
@@ -446,7 +451,7 @@ def test_keys_are_known_after_a_restart(tmp_path: Path) -> None:
     for number in (1, 2):
         settlement = receive(tmp_path, one(b"123456789", number, key="k"))
         assert (settlement.ack, settlement.delivered) == ((1, 2, 3), ())
-        assert transfer_id(0) in settlement.problems[0]
+        assert transfer_id(0) in str(settlement.problems[0])
     # Its frames may come again even then: the acks were lost.
     assert receive(tmp_path, one(b"123456789", 2, key="k")[1:]).ack == (1, 2)
     assert receive(tmp_path, one(b"123456789", 3, key="other")).delivered
@@ -465,7 +470,7 @@ def test_a_key_that_was_not_noted_before_a_crash_is_noted_when_the_frames_come_a
             receive(tmp_path, first[-1:])
             settlement = receive(tmp_path, second)
         assert not (tmp_path / transfer_id(1)).exists()
-        assert transfer_id(1) in settlement.problems[0]
+        assert transfer_id(1) in str(settlement.problems[0])
 
 
 def test_a_transfer_that_could_not_be_delivered_does_not_keep_its_retry_out(
@@ -552,8 +557,8 @@ def test_bytes_that_rotted_on_disk_are_noticed(tmp_path: Path) -> None:
     part = tmp_path / STAGING / transfer_id(0) / "0-x.bin"
     part.write_bytes(b"12X45678")
     settlement = receive(tmp_path, frames[2:])
-    assert settlement.reject == (1,)
-    assert "crc32c of part 0 does not match" in settlement.problems[0]
+    assert [*settlement.reject] == [1]
+    assert "crc32c of part 0 does not match" in str(settlement.problems[0])
     assert staged(tmp_path) == []
 
 
@@ -566,7 +571,7 @@ def test_bytes_lost_from_disk_are_noticed(tmp_path: Path, loss: Callable[[Path],
         loss(output / STAGING / transfer_id(0) / name)
         settlement = receive(output, frames[3:])
         assert len(settlement.reject) == 2
-        assert "what was staged of it has" in settlement.problems[0]
+        assert "what was staged of it has" in str(settlement.problems[0])
         assert staged(output) == []
 
 
