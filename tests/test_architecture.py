@@ -24,7 +24,11 @@ TABLE = """
     demo.run               | tqdm                    | server broker transfer protocol
     demo.daemon            |                         | all
     demo.rabbitmq          |                         | all
-    client                 | trio h11 tqdm           | daemon receiver server broker transfer
+    client.send            | trio                    | daemon receiver server broker transfer
+    client.report          | tqdm                    | all
+    client.source          | trio google_crc32c      | daemon receiver server broker transfer
+    client.endpoint        | trio                    | all but client.exchange tls config
+    client.exchange        | trio h11                | all but tls
     daemon                 | trio prometheus_client  | receiver
     check                  | trio                    | receiver server protocol
     allocator              |                         | all
@@ -49,15 +53,16 @@ TABLE = """
     broker.routes          | trio                    | transfer
     broker.queues          |                         | transfer protocol
     broker.session         | trio pika               | transfer
-    broker.connect         | trio pika               | all but broker.tls config errors
-    broker.adapter         | trio pika               | all but broker.tls
-    broker.tls             |                         | all but config
+    broker.connect         | trio pika               | all but tls backoff config errors
+    broker.adapter         | trio pika               | all but tls
     broker.content_header  | pika                    | all but protocol.wire
     broker.window          |                         | all
                            |                         |
     transfer               | trio                    | logs config
+    tls                    | trio                    | all but config
     logs                   |                         | all but config
     config                 |                         | all
+    backoff                |                         | all
                            |                         |
     protocol.request       | http_sf                 | protocol.wire protocol.confirms
     protocol.digest_fields | http_sf                 | protocol.wire protocol.confirms
@@ -219,7 +224,7 @@ def test_no_module_has_the_name_of_one_that_is_not_ours(module: str) -> None:
         ("broker.session", "from relay.broker import Publisher"),
         ("receiver.consumer", "from relay.server.responses import problem"),
         ("daemon", "import pika"),
-        ("client", "from relay.daemon import serve"),
+        ("client.exchange", "from relay.daemon import serve"),
         ("config", "from relay.errors import RelayError"),
         ("broker", "from relay.broker.session import Session"),
     ],

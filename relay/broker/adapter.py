@@ -21,7 +21,7 @@ import trio
 from pika.connection import Connection, Parameters
 from pika.spec import FRAME_BODY, FRAME_END, FRAME_METHOD, Basic
 
-from relay.broker.tls import explain
+from relay.tls import explain
 
 READ_SIZE: Final = 64 * 1024
 """Bytes asked of the socket at once; confirms are small and come many to a read."""
@@ -282,5 +282,5 @@ def _lost(error: Exception) -> pika.exceptions.AMQPConnectionError:
     if isinstance(cause, ssl.SSLError) and not isinstance(cause, ssl.SSLEOFError):
         # With TLS 1.3 a broker refuses relay's certificate when relay thinks the handshake done.
         # Not a StreamLostError: pika takes one so early for a wrong protocol or password.
-        return pika.exceptions.AMQPConnectionError(explain(cause))
-    return pika.exceptions.StreamLostError(f"connection lost: {explain(cause)}")
+        return pika.exceptions.AMQPConnectionError(explain(cause, "the broker"))
+    return pika.exceptions.StreamLostError(f"connection lost: {explain(cause, 'the broker')}")

@@ -14,7 +14,8 @@ import pika.credentials
 import trio
 from pika.connection import Parameters
 
-from relay.broker import tls
+from relay import tls
+from relay.backoff import delay
 from relay.config import AmqpConfig, ConfigError, logs_in_by_certificate
 from relay.errors import BrokerUnavailable
 
@@ -30,12 +31,8 @@ Connect = Callable[[str, int], Awaitable[trio.abc.Stream]]
 
 
 def backoff(attempt: int, jitter: float) -> float:
-    """Seconds to wait before attempt number ``attempt`` (0: the first after a failure).
-
-    ``jitter`` in [0, 1) spreads a fleet that lost its broker at the same moment.
-    """
-    longest: float = min(BACKOFF_LAST, BACKOFF_FIRST * 2.0 ** min(attempt, 16))
-    return longest * (0.5 + jitter / 2)
+    """Seconds to wait before attempt number ``attempt`` to connect; as ``relay.backoff``."""
+    return delay(attempt, jitter, first=BACKOFF_FIRST, last=BACKOFF_LAST)
 
 
 class Connector:
@@ -90,10 +87,12 @@ class Connector:
                 context = await self._context()
                 stream = await self._connect(broker.host, broker.port)
                 step = "no end of the TLS handshake"
-                return await _secured(stream, context, broker.host)
+                return await tls.secured(stream, context, broker.host, peer="the broker")
         except trio.TooSlowError as exc:
             reason = f"{step} within {CONNECT_TIMEOUT:g} s"
             raise BrokerUnavailable(f"cannot connect to the broker: {reason}") from exc
+        except tls.TlsFailed as exc:
+            raise BrokerUnavailable(f"no TLS with the broker: {exc}") from exc
         except (OSError, ConfigError) as exc:
             raise BrokerUnavailable(f"cannot connect to the broker: {exc}") from exc
 
@@ -123,25 +122,3 @@ class Connector:
         parameters.heartbeat = round(self._config.heartbeat)
         parameters.client_properties = {"connection_name": name, "product": "relay"}
         return parameters
-
-
-async def _secured(
-    stream: trio.abc.Stream, context: ssl.SSLContext, host: str
-) -> trio.SSLStream[trio.abc.Stream]:
-    """``stream`` with TLS on it; closed if that fails.
-
-    Raises:
-        BrokerUnavailable: the handshake failed.
-    """
-    # The host goes out as server name (SNI), unless it is an address, and is what to verify.
-    secured = trio.SSLStream(stream, context, server_hostname=host)
-    try:
-        await secured.do_handshake()
-    except trio.BrokenResourceError as exc:
-        await trio.aclose_forcefully(stream)
-        cause = exc.__cause__ if isinstance(exc.__cause__, Exception) else exc
-        raise BrokerUnavailable(f"no TLS with the broker: {tls.explain(cause)}") from exc
-    except BaseException:
-        await trio.aclose_forcefully(stream)
-        raise
-    return secured

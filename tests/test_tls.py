@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import trustme
 
-from relay.broker.tls import client_context
 from relay.config import AmqpConfig, ConfigError
+from relay.tls import client_context
 from tests.certificates import Pair, save, save_ca
 
 Make = Callable[..., ssl.SSLContext]
@@ -28,7 +28,7 @@ def context(**files: Path) -> ssl.SSLContext:
     return client_context(replace(AmqpConfig(), **paths), "amqp.{}".format)  # type: ignore[arg-type]
 
 
-def test_the_broker_is_always_verified_and_tls_is_at_least_1_2() -> None:
+def test_the_peer_is_always_verified_and_tls_is_at_least_1_2() -> None:
     made = context()
     assert made.verify_mode is ssl.CERT_REQUIRED
     assert made.check_hostname
