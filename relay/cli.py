@@ -6,10 +6,11 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from relay import __version__
-from relay.config import ConfigError, load, naming, parse_address
+from relay.config import ConfigError, load, naming, parse_address, parse_duration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +65,15 @@ def _receive(arguments: argparse.Namespace) -> int:
             count=arguments.count,
         )
     )
+
+
+def _send(arguments: argparse.Namespace) -> int:
+    from relay.client.send import Options, send
+
+    given = vars(arguments)
+    # Names of files may have anything in them.
+    with naming(None):
+        return send(Options(**{field.name: given[field.name] for field in fields(Options)}))
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -150,6 +160,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     receive.set_defaults(run=_receive)
 
+    _add_send(commands.add_parser("send", help="send files to the daemon until they are safe"))
+
     demo = commands.add_parser(
         "demo",
         help="show the whole path on this machine",
@@ -158,6 +170,66 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("file", metavar="FILE", nargs="?", type=Path, help="default: 256 MiB made up")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _add_send(send: argparse.ArgumentParser) -> None:
+    send.description = (
+        "Send files, each a transfer of its own, and try again until the daemon has answered that"
+        " they are safe. Directories are walked: regular files, in order of their names, called by"
+        " their paths within the directory. The receipt is compared with what was read."
+    )
+    send.epilog = (
+        "A line for each transfer on standard output. Exit codes: 0 all sent, 1 any failed (the"
+        " others are sent all the same), 2 usage error, 130 interrupted."
+    )
+    send.add_argument("files", metavar="FILE", nargs="+", help="or directory; - is standard input")
+    add = send.add_argument
+    add(
+        "--to",
+        metavar="URL",
+        default="http://127.0.0.1:8480/upload",
+        help="http or https; /upload/ROUTE names a route (default http://127.0.0.1:8480/upload)",
+    )
+    add("--unix-socket", metavar="PATH", default="", help="connect to this instead of URL's host")
+    add("--together", action="store_true", help="all files as one transfer, a form")
+    add("--name", help='form field (default with --together "file"; else each file is a raw body)')
+    add("--filename", metavar="NAME", help="what standard input is called (default: nothing)")
+    add(
+        "--digest",
+        choices=("sha-256", "sha-512"),
+        help="compute it and compare it with the receipt's; a file's (not a form's) is sent"
+        " along, so that nothing else is committed",
+    )
+    add("--key", help="Idempotency-Key of the one transfer (default: a random UUID for each)")
+    add(
+        "--retry-for",
+        metavar="DURATION",
+        type=_duration,
+        default=3600.0,
+        help='"30 s", "5 min": go on for so long while nothing succeeds; 0: one try (default 1 h)',
+    )
+    add("--token-file", metavar="FILE", default="", help="a bearer token; read for each try")
+    for flag, text in (
+        ("--ca-file", "PEM, for https: CAs to trust (default: the system's)"),
+        ("--certificate-file", "PEM, for https: a client certificate"),
+        ("--key-file", "PEM: its key (default: in the same file)"),
+    ):
+        add(flag, metavar="FILE", default="", help=text)
+    add("--json", dest="as_json", action="store_true", help="a JSON object for each transfer")
+    add(
+        "--quiet",
+        dest="is_quiet",
+        action="store_true",
+        help="neither progress nor lines on what goes well or is tried again",
+    )
+    send.set_defaults(run=_send)
+
+
+def _duration(value: str) -> float:
+    try:
+        return parse_duration(value)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"must be {exc}") from exc
 
 
 def _address(value: str) -> str:

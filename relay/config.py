@@ -463,7 +463,11 @@ def _check_together(config: Config) -> None:
 def _is_loopback(address: str) -> bool:
     if address.startswith("unix:"):
         return True
-    host = address.rpartition(":")[0].strip("[]")
+    return is_loopback_host(address.rpartition(":")[0].strip("[]"))
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host's name or address, without brackets, certainly means this machine."""
     try:
         return ip_address(host).is_loopback
     except ValueError:

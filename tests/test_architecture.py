@@ -26,6 +26,7 @@ TABLE = """
     demo.rabbitmq          |                         | all
     client.send            | trio                    | daemon receiver server broker transfer
     client.report          | tqdm                    | all
+    client.answers         |                         | all but client.exchange model
     client.source          | trio google_crc32c      | daemon receiver server broker transfer
     client.endpoint        | trio                    | all but client.exchange tls config
     client.exchange        | trio h11                | all but tls
