@@ -135,7 +135,7 @@ class Payload:
         length: bytes; None if standard input is in it, and before ``prepare``.
         wanted: digests of each part beside crc32c.
         given: of a raw part from a file, after ``prepare``: algorithm to lower-case hex.
-        is_spent: bytes of standard input have been read, which nobody can read again.
+        is_spent: standard input is being read, which nobody can do again.
     """
 
     def __init__(
@@ -212,7 +212,8 @@ class Payload:
             return next(reading.blocks, b"")
         if reading.is_waiting:
             raise Unsendable("its end is not known: the answer came while it was read")
-        reading.is_waiting = True
+        # Whatever comes of it: a thread that was given up reads on, and gets what comes next.
+        self.is_spent = reading.is_waiting = True
         block = await trio.to_thread.run_sync(next, reading.blocks, b"", abandon_on_cancel=True)
         reading.is_waiting = False
         return block
@@ -251,8 +252,6 @@ class Payload:
         reading.tails.append(PartTail(size, digest))
 
     def _stdin(self) -> Iterator[bytes]:
-        # Before the first byte: whoever reads may be given up, and gets it all the same.
-        self.is_spent = True
         while block := os.read(0, BLOCK):
             yield block
 
