@@ -153,14 +153,15 @@ class FaultProxy:
             self._links.discard(link)
 
     async def _run(self, link: "_Link") -> None:
-        with link.scope:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(self._pump, link, Direction.TO_BROKER)
-                nursery.start_soon(self._pump, link, Direction.TO_DAEMON)
-        for stream in (link.daemon, link.broker):
+        # Closes both also where the proxy itself is cancelled.
+        async with link.daemon, link.broker:
+            with link.scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._pump, link, Direction.TO_BROKER)
+                    nursery.start_soon(self._pump, link, Direction.TO_DAEMON)
             if link.how is _How.RESET:
-                _prepare_reset(stream)
-            await trio.aclose_forcefully(stream)
+                _prepare_reset(link.daemon)
+                _prepare_reset(link.broker)
 
     async def _pump(self, link: "_Link", direction: Direction) -> None:
         ends = link.daemon, link.broker

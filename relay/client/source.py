@@ -94,15 +94,15 @@ def _walk(top: str) -> Iterator[Item]:
 def _item(path: str, name: str) -> Item:
     try:
         found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode):
-            raise ConfigError(
-                f"{path}: neither a regular file nor a directory; - is standard input"
-            )
-        with open(path, "rb"):
-            pass
+        is_regular = stat.S_ISREG(found.st_mode)
+        if is_regular:
+            with open(path, "rb"):
+                pass
     except (OSError, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise ConfigError(f"{path}: {reason}") from exc
+    if not is_regular:
+        raise ConfigError(f"{path}: neither a regular file nor a directory; - is standard input")
     # Names are UTF-8 in frames, whatever they are on this disk.
     filename = os.fsencode(name).decode("utf-8", "replace")
     return Item(path=path, filename=filename, size=found.st_size)

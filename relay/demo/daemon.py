@@ -42,6 +42,7 @@ class Daemon:
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         wait_ready: bool = True,
+        listen: str = "127.0.0.1:0",
     ) -> None:
         """Prepare, but do not start it.
 
@@ -53,12 +54,13 @@ class Daemon:
             env: instead of this process's environment.
             cwd: its working directory.
             wait_ready: have ``start`` wait for the broker, too.
+            listen: the address of the upload listener, on any port unless it names one.
         """
         path = directory / "relay.toml"
         path.write_text(config)
         urls = [amqp] if isinstance(amqp, str) else amqp
         self._command = [*prefix, sys.executable, "-m", "relay", "serve", "--config", str(path)]
-        self._command += ["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]
+        self._command += ["--listen", listen, "--admin", "127.0.0.1:0"]
         for url in urls:
             self._command += ["--amqp", url]
         self._env = {**(os.environ if env is None else env)}
