@@ -9,7 +9,7 @@ import pytest
 from relay import __version__
 from relay.cli import main
 
-COMMANDS = ["serve", "receive", "demo"]
+COMMANDS = ["serve", "receive", "send", "demo"]
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +52,14 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("serve", ["--config", "--listen", "--amqp", "--admin"]),
         ("receive", ["--amqp", "--queue", "--output", "--count"]),
+        (
+            "send",
+            [
+                *("FILE", "--to", "--unix-socket", "--together", "--name", "--filename"),
+                *("--digest", "--key", "--retry-for", "--token-file", "--ca-file"),
+                *("--certificate-file", "--key-file", "--json", "--quiet"),
+            ],
+        ),
         ("demo", ["FILE"]),
     ],
 )
@@ -75,6 +83,9 @@ def test_each_command_has_help_on_what_it_takes(
         (["serve", "extra"], "extra"),
         (["serve", "--listen", "nonsense"], "--listen: must be host:port"),
         (["serve", "--listen", "::1:80"], "--listen: must be [v6]:port"),
+        (["send"], "FILE"),
+        (["send", "x", "--digest", "md5"], "--digest: invalid choice"),
+        (["send", "x", "--retry-for", "soon"], '--retry-for: must be seconds or text such as "30'),
         (["receive"], "--queue, --output"),
         (["receive", "--queue", "q"], "--output"),
         (

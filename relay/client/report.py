@@ -71,8 +71,8 @@ class Report:
         """Labels and what JSON has of the transfers that nobody will finish."""
         begun = [(label, about) for label, about in unfinished if about["tries"]]
         for label, about in begun:
-            text = "interrupted: may have arrived or not; the same file with --key"
-            self._say(f"{label}: {text} {about['key']} counts once")
+            text = "interrupted: it may have arrived or not; sent again with --key"
+            self._say(f"{label}: {text} {about['key']} it counts once")
         others = [label for label, about in unfinished if not about["tries"]]
         if others:
             rest = len(others) - NAMES

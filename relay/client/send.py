@@ -11,7 +11,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from http import HTTPStatus
 from signal import SIGINT, SIGTERM
 from typing import Any, Final
@@ -242,7 +241,7 @@ class Sender:
                     raise trouble_of(answer)
                 receipt = receipt_of(answer)
                 # A replayed receipt comes before the body, and is compared with it all the same.
-                while await payload.read(reading):
+                while await reading.read():
                     progress.update()
                     await trio.lowlevel.checkpoint()
                 check(receipt, payload.sent(reading), payload.wanted)
@@ -272,7 +271,7 @@ class Sender:
         )
         stream = await self._connect()
         try:
-            return await exchange(stream, request, partial(payload.read, reading), progress.update)
+            return await exchange(stream, request, reading.read, progress.update)
         finally:
             await trio.aclose_forcefully(stream)
 

@@ -84,7 +84,7 @@ def _walk(top: str) -> Iterator[Item]:
         names.sort()
         for name in sorted(files):
             path = os.path.join(directory, name)
-            if stat.S_ISREG(os.lstat(path).st_mode):
+            if os.path.isfile(path) and not os.path.islink(path):
                 is_empty = False
                 yield _item(path, PurePath(path).relative_to(top).as_posix())
     if is_empty:
@@ -114,18 +114,38 @@ class Reading:
     Attributes:
         size: bytes of parts read so far.
         tails: of the parts that have been read, in order.
+        blocks: what is still to be read; an empty one means that standard input comes next.
     """
 
     def __init__(self) -> None:
         self.size = 0
         self.tails: list[PartTail] = []
-        self.blocks: Generator[bytes, None, None] | None = None
-        self.is_waiting = False
+        self.blocks: Generator[bytes, None, None] = _nothing()
+        self._waits = False
+
+    async def read(self) -> bytes:
+        """The next block; empty at the end.
+
+        Cancelling it loses nothing. Files are read in the event loop's own thread: another costs
+        more than the page cache does, and a disk that hangs would hang both.
+
+        Raises:
+            Unsendable: a file cannot be read, or is not what it was.
+        """
+        while True:
+            if self._waits:
+                await _wait_stdin()
+                self._waits = False
+            block = next(self.blocks, None)
+            if block is None:
+                return b""
+            if block:
+                return block
+            self._waits = True
 
     def close(self) -> None:
-        """Close what is open, unless an abandoned thread is still waiting for it."""
-        if self.blocks is not None and not self.is_waiting:
-            self.blocks.close()
+        """Close what is open."""
+        self.blocks.close()
 
 
 class Payload:
@@ -135,7 +155,7 @@ class Payload:
         length: bytes; None if standard input is in it, and before ``prepare``.
         wanted: digests of each part beside crc32c.
         given: of a raw part from a file, after ``prepare``: algorithm to lower-case hex.
-        is_spent: standard input is being read, which nobody can do again.
+        is_spent: standard input has been read from, which nobody can do again.
     """
 
     def __init__(
@@ -187,7 +207,7 @@ class Payload:
             self.length += sum(map(len, self._heads)) + 2 * len(self.items) + len(self._closing)
         elif self.wanted:
             with closing(self.open()) as reading:
-                while await self.read(reading):
+                while await reading.read():
                     await trio.lowlevel.checkpoint()
             (tail,) = reading.tails
             self.given = {name: tail.digest[name] for name in self.wanted}
@@ -199,24 +219,6 @@ class Payload:
         algorithms = () if self.given else self.wanted
         reading.blocks = self._blocks(reading, algorithms)
         return reading
-
-    async def read(self, reading: Reading) -> bytes:
-        """The next block; empty at the end.
-
-        Raises:
-            Unsendable: a file cannot be read, or is not what it was.
-        """
-        assert reading.blocks is not None
-        if not self._has_stdin:
-            # A thread costs more than the page cache does, and a disk that hangs hangs both.
-            return next(reading.blocks, b"")
-        if reading.is_waiting:
-            raise Unsendable("its end is not known: the answer came while it was read")
-        # Whatever comes of it: a thread that was given up reads on, and gets what comes next.
-        self.is_spent = reading.is_waiting = True
-        block = await trio.to_thread.run_sync(next, reading.blocks, b"", abandon_on_cancel=True)
-        reading.is_waiting = False
-        return block
 
     def sent(self, reading: Reading) -> list[PartTail]:
         """Sizes and digests of the parts, after their end."""
@@ -241,6 +243,9 @@ class Payload:
         size = crc = 0
         hashes = {name: ALGORITHMS[name]() for name in algorithms}
         for block in self._stdin() if item.path == STDIN else self._file(item.path):
+            if not block:
+                yield b""
+                continue
             size += len(block)
             reading.size += len(block)
             crc = google_crc32c.extend(crc, block)
@@ -252,7 +257,15 @@ class Payload:
         reading.tails.append(PartTail(size, digest))
 
     def _stdin(self) -> Iterator[bytes]:
-        while block := os.read(0, BLOCK):
+        while True:
+            yield b""
+            self.is_spent = True
+            try:
+                block = os.read(0, BLOCK)
+            except BlockingIOError:
+                continue
+            if not block:
+                return
             yield block
 
     def _file(self, path: str) -> Iterator[bytes]:
@@ -283,6 +296,20 @@ class Payload:
         lines = [f"--{self._boundary}", f"Content-Disposition: {disposition}"]
         lines.append(f"Content-Type: {_media_type(item.filename)}")
         return "\r\n".join([*lines, "", ""]).encode()
+
+
+def _nothing() -> Generator[bytes, None, None]:
+    yield from ()
+
+
+async def _wait_stdin() -> None:
+    try:
+        await trio.lowlevel.wait_readable(0)
+    except PermissionError:
+        # A regular file, or a device like /dev/null: always ready, says epoll(7).
+        return
+    except OSError as exc:
+        raise Unsendable(f"cannot be read: {exc.strerror}") from exc
 
 
 def _check_same(file: BinaryIO, then: os.stat_result, *, at_end: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Transfers tried until they are safe or hopeless, against servers that do what the test says."""
 
+import io
 import json
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
@@ -420,6 +421,24 @@ async def test_quiet_says_nothing_of_what_goes_well_in_the_end(
         assert await sender.run(jobs_for(file)) == 0
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("is_quiet", [False, True])
+async def test_progress_is_shown_on_a_terminal_and_leaves_no_trace(
+    file: Path, monkeypatch: pytest.MonkeyPatch, is_quiet: bool
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    async with sender_to(accept, is_quiet=is_quiet) as (sender, _):
+        assert await sender.run(jobs_for(file)) == 0
+    shown = terminal.getvalue()
+    assert ("B/s" in shown) is not is_quiet
+    assert shown.rpartition("\r")[0].endswith(" ") or is_quiet
 
 
 async def test_parts_that_the_receipt_only_counts_are_told(

@@ -10,6 +10,7 @@ import pytest
 import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from trio.testing import wait_all_tasks_blocked
 
 from relay.client.exchange import Unsendable
 from relay.client.source import BLOCK, Item, Payload, find
@@ -31,7 +32,7 @@ async def read_all(payload: Payload) -> bytes:
     await payload.prepare()
     with closing(payload.open()) as reading:
         body = b""
-        while block := await payload.read(reading):
+        while block := await reading.read():
             body += block
         payload.sent(reading)
     return body
@@ -119,7 +120,7 @@ async def test_digests_are_of_the_file_and_go_along_with_a_raw_body(tmp_path: Pa
     assert head.given_digests == {"sha-256": expected}
     assert head.wanted_digests == ("sha-256",)
     with closing(payload.open()) as reading:
-        while await payload.read(reading):
+        while await reading.read():
             pass
         (tail,) = payload.sent(reading)
     assert tail.digest == {"crc32c": f"{crc32c(body):08x}", "sha-256": expected}
@@ -134,7 +135,7 @@ async def test_digests_of_a_form_are_those_of_its_parts(tmp_path: Path) -> None:
     )
     await payload.prepare()
     with closing(payload.open()) as reading:
-        while await payload.read(reading):
+        while await reading.read():
             pass
         tails = payload.sent(reading)
     assert payload.given == {}
@@ -192,11 +193,11 @@ async def test_a_file_that_changes_is_never_sent_as_a_whole(
     read = 0
     with closing(payload.open()) as reading:
         for _ in range(blocks_before):
-            read += len(await payload.read(reading))
+            read += len(await reading.read())
         change(Path(one.path))
         error = None
         try:
-            while block := await payload.read(reading):
+            while block := await reading.read():
                 read += len(block)
         except Unsendable as exc:
             error = str(exc)
@@ -211,14 +212,14 @@ async def test_an_empty_file_that_grows_is_noticed(tmp_path: Path) -> None:
     await payload.prepare()
     grow(Path(one.path))
     with closing(payload.open()) as reading, pytest.raises(Unsendable):
-        await payload.read(reading)
+        await reading.read()
 
 
 async def test_a_file_without_a_size_that_has_content_is_refused() -> None:
     payload = Payload([Item(path="/proc/version", filename="v", size=0)], form_field=None)
     await payload.prepare()
     with closing(payload.open()) as reading, pytest.raises(Unsendable):
-        await payload.read(reading)
+        await reading.read()
 
 
 async def test_a_file_that_is_gone_is_told(tmp_path: Path) -> None:
@@ -264,18 +265,49 @@ async def test_a_form_may_have_standard_input_in_it(stdin: int, tmp_path: Path) 
     assert [(head.filename, data) for head, data in parts] == [("a", b"1"), (None, b"2")]
 
 
-async def test_what_was_given_up_in_the_middle_of_standard_input_has_no_end(stdin: int) -> None:
+async def test_what_is_given_up_while_it_waits_for_standard_input_loses_nothing(
+    stdin: int,
+) -> None:
     payload = Payload([Item(path="-", filename=None, size=None)], form_field=None)
     await payload.prepare()
     with closing(payload.open()) as reading:
-        with trio.CancelScope() as scope:
-            scope.cancel()
-            await payload.read(reading)
+        for _ in range(2):
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await reading.read()
+            assert not payload.is_spent
+        os.write(stdin, b"hello")
+        assert await reading.read() == b"hello"
         assert payload.is_spent
-        with pytest.raises(Unsendable, match="its end is not known"):
-            await payload.read(reading)
-    # Lets the abandoned thread go.
+        os.close(stdin)
+        assert await reading.read() == b""
+
+
+async def test_standard_input_that_does_not_block_is_waited_for(stdin: int) -> None:
+    os.set_blocking(0, False)
+    payload = Payload([Item(path="-", filename=None, size=None)], form_field=None)
+    os.write(stdin, b"hello")
+    async with trio.open_nursery() as nursery:
+        with closing(payload.open()) as reading:
+            assert await reading.read() == b"hello"
+
+            async def end() -> None:
+                await wait_all_tasks_blocked()
+                os.close(stdin)
+
+            nursery.start_soon(end)
+            assert await reading.read() == b""
+
+
+async def test_standard_input_may_be_a_file(stdin: int, tmp_path: Path) -> None:
     os.close(stdin)
+    path = tmp_path / "x"
+    path.write_bytes(b"x" * (BLOCK + 1))
+    file = os.open(path, os.O_RDONLY)
+    os.dup2(file, 0)
+    os.close(file)
+    payload = Payload([Item(path="-", filename=None, size=None)], form_field=None)
+    assert await read_all(payload) == b"x" * (BLOCK + 1)
 
 
 # --- what paths name ---------------------------------------------------------------------------

@@ -383,7 +383,7 @@ async def test_interrupted_it_tells_what_is_unfinished_and_nothing_is_committed(
     begun, other = client.documents()
     assert [begun["code"], begun["tries"], other["tries"]] == ["interrupted", 1, 0]
     first, second = client.err.splitlines()
-    assert first.startswith(f"relay send: {path}: interrupted: may have arrived or not")
+    assert first.startswith(f"relay send: {path}: interrupted: it may have arrived or not")
     assert begun["key"] in first
     assert second == f"relay send: interrupted: not sent: {files / 'empty'}"
     (aborted,) = transfers_in(rabbitmq.url, QUEUE, ended=1).values()
