@@ -39,6 +39,8 @@ TABLE = """
     receiver.files         | google_crc32c           | server broker transfer
     receiver.keys          |                         | server broker transfer protocol
     receiver               |                         | server broker transfer
+    receiver.sink          |                         | all but protocol.reassembly model
+    receiver.settlement    |                         | all but model
                            |                         |
     server.listeners       | trio                    | broker transfer protocol
     server.admin           | trio prometheus_client  | broker transfer protocol

@@ -2,12 +2,21 @@
 
 ``Receiver`` is fed messages by whatever AMQP client there is, and tells exactly which deliveries
 may be acknowledged; what becomes of the bytes is the business of a ``Sink``. This module opens no
-connection and no file, and knows no client library.
+connection and no file, and knows no client library. ``relay/receiver/README.md`` has complete
+consumers to copy.
+
+    receiver = Receiver(sink)
+    with a channel, prefetch set, consuming one queue with manual acks:
+        receiver.feed(tag, ...)         each delivery, in order
+        receiver.settle()               every so many, and when nothing has come for a second:
+            reject(tag, requeue=False)      each of .reject
+            ack(tag)                        each of .ack
+    receiver.disconnected()             when the channel is gone; then again with another one
 
 The rule for acknowledging: a delivery may be acked once the sink has put its bytes, and the
-position after them, where they survive a crash. Not earlier, or a crash would lose frames. Not as
-late as the transfer's end either: prefetch is limited, and brokers close the channel of a consumer
-that holds a delivery for half an hour.
+position after them, where they survive a crash, or once its transfer has ended. Not earlier, or a
+crash would lose frames. Not much later either: prefetch is limited, and brokers close the channel
+of a consumer that holds a delivery for half an hour.
 
 Two things a consumer of frames must not do, because on a quorum queue they change the order of
 the messages, and frames out of order are a gap: requeue a delivery (basic.nack or basic.reject
@@ -17,10 +26,10 @@ close a channel in good order. Dropping the connection is safe.
 
 import re
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
 
 from relay.model import Abort, Frame, PartHead, Totals, Transfer
 from relay.protocol.framing import ALGORITHMS
@@ -43,18 +52,27 @@ from relay.protocol.reassembly import (
     Repeated,
     Stray,
     TransferStarted,
+    key_digest,
 )
 from relay.protocol.wire import WireError, decode
+from relay.receiver.settlement import Delivered, Problem, Settlement
+from relay.receiver.sink import Earlier, KnownKey, Refused, Sink
 
 __all__ = [
     "Delivered",
     "Earlier",
     "KnownKey",
+    "PartEnded",
+    "PartHead",
+    "Position",
     "Problem",
     "Receiver",
     "Refused",
     "Settlement",
     "Sink",
+    "Totals",
+    "Transfer",
+    "key_digest",
 ]
 
 _TRANSFER_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -66,169 +84,20 @@ _REASON: Final = re.compile(r"[a-z0-9-]{1,64}")
 _REMEMBER: Final = 10_000
 """Transfers delivered by an earlier process whose commit frame may still come once more."""
 
+_HOLD: Final = 1200.0
+"""Seconds of silence after which a transfer whose deliveries are held is dropped, at the latest: a
+broker closes the channel of who holds one for 1,800 (RabbitMQ's ``consumer_timeout``)."""
+
 _SWEEP_INTERVAL: Final = 60.0
 """Seconds between two looks at what the sink holds of transfers that are not open."""
 
 
-class Refused(Exception):
-    """The sink cannot take this transfer: only it fails, with this text as the reason."""
-
-
-@dataclass(frozen=True, slots=True)
-class Earlier:
-    """The sink's answer about a transfer that it has delivered already.
-
-    Attributes:
-        where: for people.
-        key: its ``reassembly.key_digest``.
-    """
-
-    where: str
-    key: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class KnownKey:
-    """What became of a transfer that was complete and had an idempotency key.
-
-    Attributes:
-        key: its ``reassembly.key_digest``.
-        transfer_id: the transfer.
-        repeated: it was dropped, because another with that key had been delivered before.
-    """
-
-    key: str
-    transfer_id: str
-    repeated: bool = False
-
-
-class Sink(ABC):
-    """Where the bytes of transfers go. Called by one thread at a time.
-
-    Four methods are a sink; the others have to do with surviving crashes, and do nothing here.
-    Those that are told a transfer's progress may raise ``Refused``, which fails that transfer.
-    Other exceptions, such as OSError on a full disk, end the receiver: nothing is acked then whose
-    bytes have not been saved.
-    """
-
-    rereads: ClassVar[bool] = False
-    """Whether ``end_part`` verifies, from the sink's own copy, digests left unchecked."""
-
-    @abstractmethod
-    def open_part(self, transfer_id: str, part: int, head: PartHead) -> None:
-        """A part begins. The first part of a transfer makes the transfer known."""
-
-    @abstractmethod
-    def write(self, transfer_id: str, body: bytes) -> None:
-        """The next bytes of the part that is open."""
-
-    def end_part(self, ended: PartEnded) -> None:
-        """The part that is open is complete.
-
-        Raises:
-            Refused: a digest does not match, or cannot be verified.
-        """
-        if ended.unchecked:
-            raise Refused(f"digests of part {ended.part} cannot be verified")
-
-    @abstractmethod
-    def commit(self, transfer: Transfer, totals: Totals) -> str:
-        """The transfer is complete: deliver it, all or nothing. Returns where to, for people."""
-
-    @abstractmethod
-    def abort(self, transfer_id: str) -> None:
-        """Drop all that there is of the transfer, which may be nothing."""
-
-    def fail(self, transfer_id: str, reason: str) -> None:
-        """The transfer cannot be completed: drop it, or keep what there is of it for people."""
-        self.abort(transfer_id)
-
-    def repeated(self, transfer: Transfer) -> None:
-        """The transfer is complete, but the same upload was delivered before: drop it.
-
-        What there is of it may be needed until ``flush``, if the earlier one is not safe yet.
-        """
-        self.abort(transfer.id)
-
-    def known_keys(self) -> Sequence[KnownKey]:
-        """Keys of transfers that earlier processes delivered or dropped, oldest first."""
-        return ()
-
-    def save(self, transfer_id: str, position: Position) -> None:  # noqa: B027  optional
-        """Make what was written of the transfer so far, and the position, safe from a crash."""
-
-    def flush(self) -> None:  # noqa: B027  optional
-        """Make the commits since the last call safe from a crash."""
-
-    def recall(self, transfer_id: str) -> Position | Earlier | None:
-        """What there is of a transfer that is not open: perhaps a crash's remains."""
-        return None
-
-    def park(self, transfer_id: str, position: Position) -> None:
-        """Save the transfer and close it: the most silent one, to make room for another.
-
-        Raises:
-            Refused: this sink has no ``recall`` to bring it back.
-        """
-        raise Refused("too many transfers at once")
-
-    def sweep(self, expire_after: float) -> list[str]:
-        """Drop what is not open and was not touched for so many seconds; returns their ids."""
-        return []
-
-
-@dataclass(frozen=True, slots=True)
-class Delivered:
-    """A transfer that the sink has committed. Told at least once, after a crash perhaps twice."""
-
-    transfer: Transfer
-    totals: Totals
-    where: str
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """Something that an operator should know; its text is one line for people.
-
-    Attributes:
-        kind: one of a few words, for programs: ``not-a-frame``, ``stray``, ``aborted``,
-            ``expired``, ``repeated``, or a ``reassembly.Fault``.
-        detail: the line without the transfer.
-        transfer_id: None if the message told none.
-    """
-
-    kind: str
-    detail: str
-    transfer_id: str | None = None
-
-    def __str__(self) -> str:
-        of = "" if self.transfer_id is None else f"transfer {self.transfer_id} "
-        return of + self.detail
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """What became of all deliveries fed since the last one.
-
-    Attributes:
-        ack: delivery tags to acknowledge.
-        reject: delivery tags to reject without requeueing, which dead-letters them, each with
-            the reason.
-        delivered: transfers that are complete.
-        problems: what went wrong, each told once.
-    """
-
-    ack: tuple[int, ...]
-    reject: Mapping[int, str]
-    delivered: tuple[Delivered, ...]
-    problems: tuple[Problem, ...]
-
-
 class Receiver:
-    """Messages of one channel, in the order of their delivery, into a sink.
+    """Messages of one queue, in the order of their delivery, into a sink.
 
-    ``feed`` each delivery; every now and then, and before a client's prefetch runs out, ``settle``
-    and do to the channel what it says: reject, then ack. It blocks as long as the sink does.
+    One queue, one consumer on it at a time, one channel at a time. Neither thread-safe nor tied to
+    a thread: call one method at a time. Each takes as long as the sink does, so in an event loop
+    call it where blocking is allowed.
     """
 
     def __init__(
@@ -236,6 +105,7 @@ class Receiver:
         sink: Sink,
         *,
         max_open: int = 256,
+        max_held: int = 1000,
         expire_after: float = 86_400.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -244,26 +114,31 @@ class Receiver:
         Args:
             sink: takes the bytes.
             max_open: transfers in progress at once; one more parks the most silent one.
-            expire_after: seconds of silence after which a transfer is dropped.
+            max_held: deliveries to hold for a sink that has no ``save``. Beyond it the transfer
+                that has most of them fails. Must be below the prefetch, or nothing moves any more.
+            expire_after: seconds of silence after which a transfer is dropped; without a ``save``
+                never more than 1,200, while RabbitMQ still lets a delivery be held.
             clock: seconds, never going back.
         """
         self.delivered = 0
         """Transfers delivered so far, also those that ``settle`` has yet to tell."""
         self._sink = sink
         self._clock = clock
-        self._expire_after = expire_after
+        self._resumes = type(sink).save is not Sink.save
+        self._max_held = max_held
+        self._expire_after = expire_after if self._resumes else min(expire_after, _HOLD)
         self._next_sweep = clock()
         self._reassembler = Reassembler(
             digests=() if sink.rereads else tuple(ALGORITHMS),
             max_open=max_open,
-            expire_after=expire_after,
+            expire_after=self._expire_after,
         )
         for known in sink.known_keys():
             self._reassembler.remember_key(known.key, known.transfer_id)
             if known.repeated:
                 self._reassembler.remember(known.transfer_id, Past.REPEATED)
         self._earlier: dict[str, str] = {}
-        # Since the last settlement:
+        # Since the last settlement, or held:
         self._tags: list[tuple[int, str]] = []
         self._reject: dict[int, str] = {}
         self._doomed: dict[str, str] = {}
@@ -272,7 +147,7 @@ class Receiver:
 
     @property
     def unsettled(self) -> int:
-        """Number of deliveries that the next ``settle`` will answer for."""
+        """Number of deliveries fed that no ``settle`` has answered for, held ones included."""
         return len(self._tags) + len(self._reject)
 
     def feed(
@@ -286,11 +161,23 @@ class Receiver:
         headers: Mapping[Any, object] | None,
         body: bytes,
     ) -> None:
-        """Take one delivery, its properties as the client library gives them.
+        """Take one delivery: every one of the channel, in order, whatever it looks like.
+
+        Args:
+            tag: its delivery tag.
+            app_id: this, and those that follow, as the client library gives them.
+            type: the AMQP property, a word; not a class.
+            correlation_id: the transfer's id.
+            timestamp: Unix seconds or a datetime, taken for UTC if it has no time zone.
+            headers: with AMQP's types as Python's.
+            body: not kept by the receiver.
 
         Raises:
             OSError: or whatever else keeps the sink from going on. Discard the receiver then.
         """
+        if isinstance(timestamp, datetime):
+            aware = timestamp if timestamp.tzinfo else timestamp.replace(tzinfo=UTC)
+            timestamp = int(aware.timestamp())
         try:
             item = decode(
                 app_id=app_id,
@@ -316,37 +203,68 @@ class Receiver:
     def settle(self) -> Settlement:
         """Make safe what was fed, and say which deliveries may be acked, or must be rejected.
 
+        Call it after so many deliveries, well before the prefetch is used up, and when none has
+        come for a second or so: the last ones of a burst must be acked, and silence expired, too.
+
         Raises:
             OSError: or whatever else keeps the sink from going on. Discard the receiver then.
         """
         now = self._clock()
-        for transfer_id in dict.fromkeys(transfer_id for _, transfer_id in self._tags):
+        for transfer_id in self._in_progress():
             position = self._reassembler.position(transfer_id)
-            if position is not None:
-                self._sink.save(transfer_id, position)
+            assert position is not None
+            self._sink.save(transfer_id, position)
         self._sink.flush()
         self._apply(self._reassembler.expire(now))
         if now >= self._next_sweep:
             self._next_sweep = now + _SWEEP_INTERVAL
             self._problems += map(_expired, self._sink.sweep(self._expire_after))
+        held = self._hold()
+        done = [(tag, of) for tag, of in self._tags if of not in held]
         settlement = Settlement(
-            tuple(tag for tag, transfer_id in self._tags if transfer_id not in self._doomed),
+            tuple(tag for tag, of in done if of not in self._doomed),
             # Frames that were good, of a transfer that then failed, are of use to nobody else
             # than who looks at the dead letters.
-            self._reject | {tag: self._doomed[of] for tag, of in self._tags if of in self._doomed},
+            self._reject | {tag: self._doomed[of] for tag, of in done if of in self._doomed},
             tuple(self._delivered),
             tuple(self._problems),
+            held.total(),
         )
-        self.disconnected()
+        self._tags = [(tag, of) for tag, of in self._tags if of in held]
+        self._reject = {}
+        self._doomed.clear()
         self._delivered.clear()
         self._problems.clear()
         return settlement
 
     def disconnected(self) -> None:
-        """Forget the deliveries that were not settled: the channel is gone, they come again."""
+        """Forget the deliveries that were not settled: the channel is gone, they come again.
+
+        Call it before the first ``feed`` from another channel, whose tags begin with 1 once more.
+        Transfers in progress go on where they were.
+        """
         self._tags.clear()
         self._reject = {}
         self._doomed.clear()
+
+    def _in_progress(self) -> Counter[str]:
+        """Transfers that have not ended, with the number of their deliveries."""
+        position = self._reassembler.position
+        return Counter(of for _, of in self._tags if position(of) is not None)
+
+    def _hold(self) -> Counter[str]:
+        """Transfers whose deliveries must not be acked yet; those there is no room for fail."""
+        if self._resumes:
+            return Counter()
+        held = self._in_progress()
+        while held.total() > self._max_held:
+            transfer_id, _ = held.most_common(1)[0]
+            del held[transfer_id]
+            why = f"more than {self._max_held} frames cannot be held, and this sink has no save"
+            position = self._reassembler.position(transfer_id)
+            seq = 0 if position is None else position.seq
+            self._apply([self._reassembler.doom(transfer_id, seq, Fault.REFUSED, why)])
+        return held
 
     def _take(self, item: Frame | Abort, transfer_id: str) -> str | None:
         """Returns why the delivery must be rejected; None if it may be acked once it is safe."""

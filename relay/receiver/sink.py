@@ -1,0 +1,153 @@
+"""What a ``Receiver`` needs of whoever takes the bytes: the ``Sink``, and what the two exchange.
+
+Not a line here does anything; what is here is a promise. It knows no AMQP, and no acknowledgements.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from relay.model import PartHead, Totals, Transfer
+from relay.protocol.reassembly import PartEnded, Position
+
+
+class Refused(Exception):
+    """The sink cannot take this transfer: only it fails, with this text as the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The sink's answer about a transfer that it has delivered already.
+
+    Attributes:
+        where: for people.
+        key: its ``reassembly.key_digest``.
+    """
+
+    where: str
+    key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownKey:
+    """What became of a transfer that was complete and had an idempotency key.
+
+    Attributes:
+        key: its ``reassembly.key_digest``.
+        transfer_id: the transfer.
+        repeated: it was dropped, because another with that key had been delivered before.
+    """
+
+    key: str
+    transfer_id: str
+    repeated: bool = False
+
+
+class Sink(ABC):
+    """Where the bytes of transfers go. Called by one thread at a time.
+
+    What it is told of one transfer comes in this order; several transfers are interleaved:
+
+        open_part, write any number of times, end_part: for each part, in turn
+        commit, or abort, or fail, or repeated: once, at any moment
+
+    **What four methods promise.** A sink of ``open_part``, ``write``, ``commit`` and ``abort`` need
+    not survive anything: deliveries are held back from acknowledging until their transfer has
+    ended, and a crash makes them all come again, to a sink that starts from nothing. ``commit``
+    must then be safe when it returns, and may be called for the same transfer again, once, if the
+    crash came before the acks: let its effect be the same (key it by the transfer's id), or answer
+    ``Earlier`` from ``recall``. The price: prefetch bounds what can be held, see ``max_held``.
+
+    **What a sink that resumes promises.** Who overrides ``save`` gets transfers of any size, for
+    deliveries are then acked as soon as ``save`` and ``flush`` have returned. So what was written
+    must then survive a crash, with the position, and ``recall`` must bring both back: all in one
+    database transaction, or the bytes synced before the position. Such a sink may ``park``, too.
+
+    All that are told a transfer's progress may raise ``Refused``, which fails that transfer. Other
+    exceptions, such as OSError on a full disk, end the receiver: nothing is acked then whose bytes
+    are not safe, and a new receiver, with a new sink, goes on from what comes again.
+    """
+
+    rereads: ClassVar[bool] = False
+    """Whether ``end_part`` verifies, from the sink's own copy, digests left unchecked."""
+
+    @abstractmethod
+    def open_part(self, transfer_id: str, part: int, head: PartHead) -> None:
+        """A part begins. The first part of a transfer makes the transfer known.
+
+        Names in ``head`` are as the client sent them: never a path. Parts come in turn, so the one
+        before, if any, has had its end.
+        """
+
+    @abstractmethod
+    def write(self, transfer_id: str, body: bytes) -> None:
+        """The next bytes of the part that is open: verified, in order, without gaps, never empty.
+
+        They count for nothing before ``commit``: the client may yet give the upload up.
+        """
+
+    def end_part(self, ended: PartEnded) -> None:
+        """The part that is open is complete.
+
+        Raises:
+            Refused: a digest does not match, or cannot be verified.
+        """
+        if ended.unchecked:
+            raise Refused(f"digests of part {ended.part} cannot be verified")
+
+    @abstractmethod
+    def commit(self, transfer: Transfer, totals: Totals) -> str:
+        """The transfer is complete: deliver it, all or nothing. Returns where to, for people.
+
+        It may put off making this safe until ``flush``, if it has one.
+        """
+
+    @abstractmethod
+    def abort(self, transfer_id: str) -> None:
+        """Drop all that there is of the transfer, which may be nothing, or not known at all."""
+
+    def fail(self, transfer_id: str, reason: str) -> None:
+        """The transfer cannot be completed: drop it, or keep what there is of it for people."""
+        self.abort(transfer_id)
+
+    def repeated(self, transfer: Transfer) -> None:
+        """The transfer is complete, but the same upload was delivered before: drop it.
+
+        What there is of it may be needed until ``flush``, if the earlier one is not safe yet.
+        """
+        self.abort(transfer.id)
+
+    def known_keys(self) -> Sequence[KnownKey]:
+        """Keys of transfers that earlier processes delivered or dropped, oldest first."""
+        return ()
+
+    def save(self, transfer_id: str, position: Position) -> None:  # noqa: B027  optional
+        """Make what was written of the transfer so far, and the position, safe from a crash.
+
+        To override it is a promise, see above: the deliveries up to ``position`` are acked then.
+        """
+
+    def flush(self) -> None:  # noqa: B027  optional
+        """Make the commits since the last call safe from a crash."""
+
+    def recall(self, transfer_id: str) -> Position | Earlier | None:
+        """What there is of a transfer that is not open: perhaps a crash's remains.
+
+        Asked before the first frame of any transfer is looked at. The position must be one that
+        was saved, with exactly the bytes before it; ``write`` goes on behind them. None also drops
+        what may have been written without having been saved.
+        """
+        return None
+
+    def park(self, transfer_id: str, position: Position) -> None:
+        """Save the transfer and close it: the most silent one, to make room for another.
+
+        Raises:
+            Refused: this sink has no ``recall`` to bring it back.
+        """
+        raise Refused("too many transfers at once")
+
+    def sweep(self, expire_after: float) -> list[str]:
+        """Drop what is not open and was not touched for so many seconds; returns their ids."""
+        return []
