@@ -39,7 +39,7 @@ TABLE = """
     receiver.files         | google_crc32c           | server broker transfer
     receiver.keys          |                         | server broker transfer protocol
     receiver               |                         | server broker transfer
-    receiver.sink          |                         | all but protocol.reassembly model
+    receiver.sink          |                         | server broker transfer protocol.wire
     receiver.settlement    |                         | all but model
                            |                         |
     server.listeners       | trio                    | broker transfer protocol

@@ -56,7 +56,7 @@ from relay.protocol.reassembly import (
 )
 from relay.protocol.wire import WireError, decode
 from relay.receiver.settlement import Delivered, Problem, Settlement
-from relay.receiver.sink import Earlier, KnownKey, Refused, Sink
+from relay.receiver.sink import Earlier, KnownKey, Refused, Sink, verify
 
 __all__ = [
     "Delivered",
@@ -73,6 +73,7 @@ __all__ = [
     "Totals",
     "Transfer",
     "key_digest",
+    "verify",
 ]
 
 _TRANSFER_ID: Final = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")

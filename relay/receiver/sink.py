@@ -1,14 +1,15 @@
 """What a ``Receiver`` needs of whoever takes the bytes: the ``Sink``, and what the two exchange.
 
-Not a line here does anything; what is here is a promise. It knows no AMQP, and no acknowledgements.
+What is here are promises, not doings. It knows no AMQP, and no acknowledgements.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from relay.model import PartHead, Totals, Transfer
+from relay.protocol.framing import PartDigest, crc32c
 from relay.protocol.reassembly import PartEnded, Position
 
 
@@ -62,7 +63,8 @@ class Sink(ABC):
     **What a sink that resumes promises.** Who overrides ``save`` gets transfers of any size, for
     deliveries are then acked as soon as ``save`` and ``flush`` have returned. So what was written
     must then survive a crash, with the position, and ``recall`` must bring both back: all in one
-    database transaction, or the bytes synced before the position. Such a sink may ``park``, too.
+    database transaction, or the bytes synced before the position. ``end_part`` must ``verify`` what
+    it has, for a digest cannot be continued from a part's middle. Such a sink may ``park``, too.
 
     All that are told a transfer's progress may raise ``Refused``, which fails that transfer. Other
     exceptions, such as OSError on a full disk, end the receiver: nothing is acked then whose bytes
@@ -88,7 +90,7 @@ class Sink(ABC):
         """
 
     def end_part(self, ended: PartEnded) -> None:
-        """The part that is open is complete.
+        """The part that is open is complete. ``verify`` is what a sink that resumes does here.
 
         Raises:
             Refused: a digest does not match, or cannot be verified.
@@ -151,3 +153,22 @@ class Sink(ABC):
     def sweep(self, expire_after: float) -> list[str]:
         """Drop what is not open and was not touched for so many seconds; returns their ids."""
         return []
+
+
+def verify(ended: PartEnded, blocks: Iterable[bytes]) -> None:
+    """Check a part's unchecked digests against the sink's own copy, given in blocks of any size.
+
+    Reads no block if there is nothing to check.
+
+    Raises:
+        Refused: one does not match.
+    """
+    if not ended.unchecked:
+        return
+    digest = PartDigest([name for name in ended.unchecked if name != "crc32c"])
+    for block in blocks:
+        digest.update(block, crc32c(block) if digest.size == 0 else 0)
+    found = digest.tail().digest
+    for name, expected in ended.unchecked.items():
+        if found[name] != expected:
+            raise Refused(f"{name} of part {ended.part} does not match")
