@@ -7,10 +7,19 @@ back, and verifies digests from its own bytes where reassembly could not.
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from relay.model import Abort, Frame, PartHead, PartTail, Transfer
 from relay.protocol.framing import ALGORITHMS, Framer, crc32c
@@ -36,8 +45,11 @@ from relay.protocol.reassembly import (
     key_digest,
 )
 
-MAX_OPEN = 3
+MAX_OPEN = 2
 EXPIRE_AFTER = 10.0
+
+SIZES = (0, 3, 4, 5, 8, 17)
+"""Bytes of parts; four of them are a frame."""
 
 Parts = list[bytes]
 
@@ -75,6 +87,18 @@ def spoil(frame: Frame, how: int) -> Frame:
         spoilt.append(replace(frame, commit=replace(commit, bytes=commit.bytes + 1)))
         spoilt.append(replace(frame, commit=replace(commit, parts=commit.parts + 1)))
     return spoilt[how % len(spoilt)]
+
+
+Upload = tuple[list[int], str | None, Sequence[str]]
+
+
+def uploads() -> st.SearchStrategy[Upload]:
+    """Sizes of parts, idempotency key, digests."""
+    return st.tuples(
+        st.lists(st.sampled_from(SIZES), min_size=1, max_size=3),
+        st.sampled_from([None, "k"]),
+        st.sampled_from([(), ("sha-256",)]),
+    )
 
 
 @dataclass
@@ -181,18 +205,23 @@ class ReassemblyMachine(RuleBasedStateMachine):
 
     # --- what happens ----------------------------------------------------------------------------
 
-    @rule(
-        target=transfers,
-        parts=st.lists(st.binary(max_size=14), min_size=1, max_size=3),
-        key=st.sampled_from([None, "k", "l"]),
-        digests=st.sampled_from([(), ("sha-256",)]),
-    )
-    def begin(self, parts: Parts, key: str | None, digests: Sequence[str]) -> str:
-        sent = Sent(cut(len(self.sent), parts, key, digests), parts)
+    @initialize(target=transfers, uploads=st.lists(uploads(), min_size=4, max_size=4))
+    def begin_some(self, uploads: list[Upload]) -> MultipleResults[str]:
+        return multiple(*map(self.add, uploads))
+
+    @rule(target=transfers, upload=uploads())
+    def begin(self, upload: Upload) -> str:
+        return self.add(upload)
+
+    def add(self, upload: Upload) -> str:
+        sizes, key, digests = upload
+        number = len(self.sent)
+        parts = [Random(f"{number}.{n}").randbytes(size) for n, size in enumerate(sizes)]
+        sent = Sent(cut(number, parts, key, digests), parts)
         self.sent[sent.id] = sent
         return sent.id
 
-    @rule(of=transfers, count=st.integers(1, 6))
+    @rule(of=transfers, count=st.sampled_from([1, 1, 2, 3, 99]))
     def publish(self, of: str, count: int) -> None:
         sent = self.sent[of]
         for _ in range(count):
@@ -200,12 +229,16 @@ class ReassemblyMachine(RuleBasedStateMachine):
                 sent.next += 1
                 self.deliver(sent.frames[sent.next - 1])
 
-    @rule(of=transfers, how=st.integers(0, 20))
+    @rule(of=transfers, how=st.integers(0, 999))
     def publish_spoilt(self, of: str, how: int) -> None:
         sent = self.sent[of]
         if not sent.given_up and sent.next < len(sent.frames):
             sent.next += 1
             self.deliver(spoil(sent.frames[sent.next - 1], how), spoilt=True)
+
+    @rule(of=transfers)
+    def lose_one(self, of: str) -> None:
+        self.sent[of].next += 1
 
     @rule(of=transfers, count=st.integers(1, 4))
     def publish_again(self, of: str, count: int) -> None:
@@ -368,5 +401,5 @@ class ReassemblyMachine(RuleBasedStateMachine):
         }
 
 
-ReassemblyMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+ReassemblyMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50)
 TestReassembly = ReassemblyMachine.TestCase

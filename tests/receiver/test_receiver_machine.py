@@ -6,13 +6,23 @@ were when the channel is lost. What the sink holds beyond a crash is its ``safe`
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import astuple, dataclass, field, replace
 from itertools import count
+from random import Random
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import (
+    Bundle,
+    MultipleResults,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    rule,
+)
 
 from relay.model import Frame
 from relay.protocol.framing import Framer
@@ -35,10 +45,14 @@ from relay.receiver import (
 
 PREFETCH = 16
 MAX_HELD = 10
-MAX_OPEN = 3
+MAX_OPEN = 2
 EXPIRE_AFTER = 100.0
 
+SIZES = (0, 3, 4, 5, 8, 17)
+"""Bytes of parts; four of them are a frame."""
+
 Parts = list[bytes]
+Upload = tuple[list[int], str | None]
 
 
 class Full(Exception):
@@ -184,8 +198,18 @@ class Sent:
         return self.frames[0].transfer.id
 
     @property
+    def key(self) -> str | None:
+        return self.frames[0].transfer.idempotency_key
+
+    @property
     def is_complete(self) -> bool:
         return self.next == len(self.frames) and not self.spoilt
+
+
+def uploads() -> st.SearchStrategy[Upload]:
+    """Sizes of parts, and an idempotency key."""
+    sizes = st.lists(st.sampled_from(SIZES), min_size=1, max_size=3)
+    return st.tuples(sizes, st.sampled_from([None, "k"]))
 
 
 def cut(number: int, parts: Parts, key: str | None) -> list[Frame]:
@@ -205,8 +229,12 @@ class ReceiverMachine(RuleBasedStateMachine):
 
     transfers = Bundle("transfers")
 
-    @initialize(kind=st.sampled_from([Memory, Saving]))
-    def start(self, kind: type[Memory]) -> None:
+    @initialize(
+        target=transfers,
+        kind=st.sampled_from([Memory, Saving]),
+        uploads=st.lists(uploads(), min_size=4, max_size=4),
+    )
+    def start(self, kind: type[Memory], uploads: list[Upload]) -> MultipleResults[str]:
         self.kind = kind
         self.now = 0.0
         self.published = 0
@@ -216,6 +244,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.told: Counter[str] = Counter()
         self.excused: set[str] = set()
         self.boot()
+        return multiple(*map(self.add, uploads))
 
     def boot(self) -> None:
         self.sink = self.kind(self.safe)
@@ -229,17 +258,19 @@ class ReceiverMachine(RuleBasedStateMachine):
 
     # --- publishers ------------------------------------------------------------------------------
 
-    @rule(
-        target=transfers,
-        parts=st.lists(st.binary(max_size=14), min_size=1, max_size=3),
-        key=st.sampled_from([None, None, "k"]),
-    )
-    def begin(self, parts: Parts, key: str | None) -> str:
-        sent = Sent(cut(len(self.sent), parts, key), parts)
+    @rule(target=transfers, upload=uploads())
+    def begin(self, upload: Upload) -> str:
+        return self.add(upload)
+
+    def add(self, upload: Upload) -> str:
+        sizes, key = upload
+        number = len(self.sent)
+        parts = [Random(f"{number}.{n}").randbytes(size) for n, size in enumerate(sizes)]
+        sent = Sent(cut(number, parts, key), parts)
         self.sent[sent.id] = sent
         return sent.id
 
-    @rule(of=transfers, how_many=st.integers(1, 9))
+    @rule(of=transfers, how_many=st.sampled_from([1, 2, 3, 99, 99]))
     def publish(self, of: str, how_many: int) -> None:
         sent = self.sent[of]
         for _ in range(how_many):
@@ -254,13 +285,18 @@ class ReceiverMachine(RuleBasedStateMachine):
             for frame in sent.frames[max(0, sent.next - how_many) : sent.next]:
                 self.put(encode_frame(frame))
 
-    @rule(of=transfers)
-    def publish_spoilt(self, of: str) -> None:
+    @rule(of=transfers, in_digest=st.booleans())
+    def publish_spoilt(self, of: str, in_digest: bool) -> None:
         sent = self.sent[of]
-        if not sent.given_up and sent.next < len(sent.frames):
-            frame = sent.frames[sent.next]
-            sent.next += 1
-            sent.spoilt = True
+        if sent.given_up or sent.next == len(sent.frames):
+            return
+        frame = sent.frames[sent.next]
+        sent.next += 1
+        sent.spoilt = True
+        if in_digest and frame.tail is not None:
+            tail = replace(frame.tail, digest={**frame.tail.digest, "sha-256": "00"})
+            self.put(encode_frame(replace(frame, tail=tail)))
+        else:
             self.put(encode_frame(replace(frame, body=frame.body + b"!")))
 
     @rule(of=transfers)
@@ -301,7 +337,7 @@ class ReceiverMachine(RuleBasedStateMachine):
                 return
 
     @rule(lost_after=st.one_of(st.none(), st.none(), st.integers(0, PREFETCH)))
-    def settle(self, lost_after: int | None) -> None:
+    def settle(self, lost_after: int | None = None) -> None:
         """``lost_after``: so many answers get through before the connection is lost."""
         before = set(self.queue.unacked)
         try:
@@ -315,6 +351,12 @@ class ReceiverMachine(RuleBasedStateMachine):
             del self.queue.unacked[tag]
         if lost_after is not None:
             self.reconnect()
+
+    @rule()
+    def crash_before_anything_is_told(self) -> None:
+        with suppress(Full):
+            self.receiver.settle()
+        self.crash()
 
     @rule()
     def reconnect(self) -> None:
@@ -356,7 +398,7 @@ class ReceiverMachine(RuleBasedStateMachine):
         why = {
             "expired": self.now >= EXPIRE_AFTER,
             "refused": self.kind is Memory,  # cannot park, nor hold very much
-            "repeated": sent.frames[0].transfer.idempotency_key is not None,
+            "repeated": sent.key is not None,
         }
         known = sent.spoilt or sent.given_up or sent.id in self.excused
         assert known or why.get(problem.kind), problem
@@ -385,10 +427,7 @@ class ReceiverMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_same_upload_is_delivered_once(self) -> None:
-        keys = Counter(
-            self.sent[of].frames[0].transfer.idempotency_key for of in self.safe.delivered
-        )
-        assert keys["k"] <= 1
+        assert sum(self.sent[of].key is not None for of in self.safe.delivered) <= 1
 
     def teardown(self) -> None:
         """In the end everything is settled, and what was sent whole is delivered."""
@@ -397,18 +436,19 @@ class ReceiverMachine(RuleBasedStateMachine):
         self.sink.full = False
         while self.queue.ready:
             self.feed(PREFETCH)
-            self.settle(None)
+            self.settle()
         self.now += EXPIRE_AFTER
-        self.settle(None)
+        self.settle()
         assert self.queue.unacked == {}
         assert self.told.keys() == self.safe.delivered.keys()
+        keys = {self.sent[of].key for of in self.safe.delivered}
         for of, sent in self.sent.items():
             if sent.is_complete and of not in self.excused:
-                assert of in self.safe.delivered
+                assert of in self.safe.delivered or (sent.key is not None and sent.key in keys)
         assert not self.sink.open
 
 
 FIELDS = ("type", "correlation_id", "timestamp", "headers", "body")
 
-ReceiverMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40)
+ReceiverMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50)
 TestReceiver = ReceiverMachine.TestCase
