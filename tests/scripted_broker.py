@@ -276,11 +276,11 @@ class ScriptedBroker:
         await self.send(Channel.CloseOk(), channel=channel)
         return channel
 
-    async def accept_declare(self) -> Queue.Declare:
-        """Answer the declaration of a queue, on a channel of its own."""
+    async def accept_declare(self, ready: int = 0) -> Queue.Declare:
+        """Answer a declaration, on a channel of its own: the queue has ``ready`` messages."""
         channel = await self.accept_open()
         _, declare = await self.expect(Queue.Declare)
-        await self.send(Queue.DeclareOk(declare.queue, 0, 0), channel=channel)
+        await self.send(Queue.DeclareOk(declare.queue, ready, 0), channel=channel)
         await self.accept_close()
         return declare
 

@@ -53,6 +53,8 @@ TABLE = """
     broker.pool            | trio                    | transfer protocol
     broker.publisher       | trio pika               | transfer
     broker.publication     | trio                    | transfer
+    broker.abort           | trio                    | transfer
+    broker.rejection       | trio                    | transfer protocol
     broker.routes          | trio                    | transfer
     broker.queues          |                         | transfer protocol
     broker.session         | trio pika               | transfer

@@ -9,7 +9,6 @@ deadline (``confirm_timeout``, ``reconnect_grace``, ``blocked_grace``). The one 
 deadline of its own is for room in the shared window, and whoever holds that room has one.
 """
 
-import logging
 import math
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -17,6 +16,8 @@ from typing import Final, Protocol
 
 import trio
 
+from relay.broker.abort import LateAbort
+from relay.broker.rejection import FULL, Rejection
 from relay.broker.session import Address, ConfirmChannel, Session
 from relay.broker.window import Window
 from relay.config import AmqpConfig, RouteConfig
@@ -34,26 +35,10 @@ from relay.model import Frame, Transfer
 from relay.protocol.confirms import Outcome
 from relay.protocol.wire import PLAIN_HEADERS, TYPE_ABORT, Message, encode_abort, encode_frame
 
-log = logging.getLogger(__name__)
-
 MESSAGE_COST: Final = 2048
 CHARACTER_COST: Final = 5
 """Bytes that a message takes beside its body, and for each character of its headers: in memory as
 text (up to 4) and marshalled."""
-
-REJECTED_GRACE: Final = 10.0
-REJECTED_PAUSE: Final = 0.25
-"""Seconds for which frames are published again that a channel rejected before it took any, and
-between two attempts.
-
-RabbitMQ's channels nack what they are given first for a quorum queue, while the node of its leader
-is down, until the others have agreed on a new one; only to those that have spoken to the queue do
-they keep their word. A queue that is full nacks likewise, and nothing tells the two apart."""
-
-REJECTED: Final = "the broker rejected a frame: the queue is full, or has no leader"
-
-ABORT_TIMEOUT: Final = 15.0
-"""Seconds in which a failed upload's abort frame finds a channel, if its own is closed."""
 
 
 class Line(Protocol):
@@ -93,24 +78,22 @@ class Publication:
             mandatory=route.mandatory,
             delivery_mode=2 if route.persistent else 1,
         )
+        self._rejection = Rejection(route, self._address)
         self._session: Session | None = None
         self._channel: ConfirmChannel | None = None
         self._unconfirmed = 0
         self._published = 0
         self._commit: Message | None = None
+        self._abort: LateAbort | None = None
         self._is_committed = False
         self._closed = False
         self._failure: BrokerError | None = None
-        # What was outstanding when the channel was lost, until it is published again.
-        self._unknown: list[Message] = []
-        # What was rejected and will be published again, if all that was outstanding is.
-        self._rejected: list[Message] = []
-        self._rejected_since = math.inf
+        # What was outstanding when the channel was lost, or was rejected: to be published again.
+        self._again: list[Message] = []
         self._recovery = trio.CancelScope()
         self._lost_since: float | None = None
         self._is_in_doubt = False
         self._progress = trio.current_time()
-        self._abort_deadline = math.inf
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
@@ -152,13 +135,18 @@ class Publication:
         if not self._published or self._commit is not None:
             return
         message = encode_abort(self._transfer, self._published, reason)
-        self._abort_deadline = trio.current_time() + ABORT_TIMEOUT
+        self._abort = LateAbort(
+            message,
+            self._address,
+            self._publisher.acquire,
+            confirm_timeout=self._config.confirm_timeout,
+        )
         if self._channel is not None and self._channel.is_open:
             if not self._outstanding:
                 self._progress = trio.current_time()
             self._channel.publish(message, mandatory=False)
         else:
-            self._publisher.spawn(partial(self._abort_elsewhere, message))
+            self._publisher.spawn(self._abort.tell)
 
     def close(self) -> None:
         """Give the channel back as soon as all that was published on it is settled."""
@@ -213,7 +201,7 @@ class Publication:
         while not self._is_committed:
             if self._failure is not None:
                 raise self._failure
-            if self._channel is not None and not self._rejected and ready():
+            if self._channel is not None and not self._again and ready():
                 return
             with trio.move_on_at(self._deadline()) as scope:
                 await self._changed.park()
@@ -246,39 +234,54 @@ class Publication:
             return OutcomeUnknown("the commit frame's confirm is overdue: it may be committed")
         if self._publisher.blocked_since is not None:
             return BrokerBlocked("the broker has been blocked by an alarm for too long")
-        if self._rejected:
-            return QueueFull(REJECTED)
         seconds = self._config.confirm_timeout
         return ConfirmTimeout(f"the broker confirmed nothing for {seconds:g} s")
 
-    async def _recover(self) -> None:
-        """The connection is lost: on the next one, publish again what is unconfirmed.
+    def _start_recovery(self) -> None:
+        self._recovery.cancel()
+        self._recovery = trio.CancelScope()
+        if self._lost_since is None:
+            self._lost_since = trio.current_time()
+        self._publisher.spawn(partial(self._recover, self._recovery, self._lost_since))
+
+    async def _recover(self, recovery: trio.CancelScope, since: float) -> None:
+        """Publish again what is unconfirmed: on the next connection, or when a queue takes it.
 
         A task of its own, because the upload may be waiting for its client, for long, and must
         not keep its share of the window from others meanwhile.
         """
-        assert self._lost_since is not None
-        with self._recovery:
+        with recovery:
+            # Of several nacks in one read, the last one's.
+            await trio.lowlevel.checkpoint_if_cancelled()
             try:
-                with trio.move_on_at(self._lost_since + self._config.reconnect_grace) as scope:
-                    self._publish_again(*await self._publisher.acquire())
+                with trio.move_on_at(since + self._config.reconnect_grace) as scope:
+                    await self._publish_again()
                 if scope.cancelled_caught:
-                    self._fail(self._lost())
+                    self._fail(self._lost() if self._channel is None else self._rejection.overdue)
             except BrokerError as exc:
                 self._fail(exc)
         if self._failure is not None:
             self._give_up()
         self._changed.unpark_all()
 
-    def _publish_again(self, session: Session, channel: ConfirmChannel) -> None:
-        if self._closed:
-            session.release(channel)
-            return
-        self.attach(session, channel)
+    async def _publish_again(self) -> None:
+        if self._channel is None:
+            session, channel = await self._publisher.acquire()
+            if self._closed:
+                session.release(channel)
+                return
+            self.attach(session, channel)
+        elif self._session is not None:
+            await self._rejection.wait(self._session)
+        self._publish_all()
+
+    def _publish_all(self) -> None:
         self._progress = trio.current_time()
-        while self._unknown:
-            channel.publish(self._unknown[0], mandatory=self._mandatory)
-            del self._unknown[0]
+        self._again.sort(key=_seq)
+        # Without a channel, it was lost at the very moment: the next recovery has begun.
+        while self._again and self._channel is not None:
+            self._channel.publish(self._again[0], mandatory=self._mandatory)
+            del self._again[0]
 
     def _lost(self) -> BrokerError:
         seconds = self._config.reconnect_grace
@@ -287,72 +290,45 @@ class Publication:
         reason = self._publisher.refusal()
         return BrokerUnavailable(text if reason is None else f"{text}: {reason.detail}")
 
-    async def _abort_elsewhere(self, message: Message) -> None:
-        """The upload's channel is gone: tell its abort on another one, if there is a broker."""
-        with trio.move_on_at(self._abort_deadline) as scope:
-            try:
-                self.attach(*await self._publisher.acquire())
-            except BrokerError as exc:
-                log.info("transfer %s: abort frame not sent: %s", self._transfer.id, exc)
-                return
-            assert self._channel is not None
-            self._progress = trio.current_time()
-            self._channel.publish(message, mandatory=False)
-        if scope.cancelled_caught:
-            log.info("transfer %s: abort frame not sent: no connection", self._transfer.id)
-        else:
-            await self._see_off()
-
-    def _abort_again(self, unknown: list[Message]) -> None:
-        for message in unknown:
-            if message.type == TYPE_ABORT:
-                self._publisher.spawn(partial(self._abort_elsewhere, message))
-
     async def _see_off(self) -> None:
         """After ``close``: have the broker settle what is outstanding, if need be by force.
 
-        Nobody waits for it any more, but it still takes room in the window.
-        """
-        while self._outstanding:
-            with trio.move_on_at(self._progress + self._config.confirm_timeout) as scope:
-                await self._changed.park()
-            if scope.cancelled_caught and self._channel is not None:
-                self._channel.close()
-                await self._take_back()
-                return
-
-    async def _take_back(self) -> None:
-        """The channel is closing: have its room in the window back, whatever the broker does.
-
-        One that still sends heartbeats, but reads no more, would keep the room for ever, and with
-        it every upload that waits for some. During an alarm that is how it should be.
+        Nobody waits for it any more, but it still takes room in the window. A broker that still
+        sends heartbeats, but reads no more, would keep the room for ever, and with it every upload
+        that waits for some. During an alarm that is how it should be.
         """
         seconds = self._config.confirm_timeout
+        closed_at = -math.inf
         while self._outstanding:
-            with trio.move_on_after(seconds) as scope:
+            with trio.move_on_at(max(self._progress, closed_at) + seconds) as scope:
                 await self._changed.park()
-            if not scope.cancelled_caught or self._publisher.blocked_since is not None:
+            if not scope.cancelled_caught or self._channel is None or self._session is None:
                 continue
-            if self._session is not None and self._outstanding:
+            if closed_at == -math.inf:
+                self._channel.close()
+            elif self._publisher.blocked_since is None:
                 self._session.abort(f"it did not close a channel within {seconds:g} s")
                 return
+            closed_at = trio.current_time()
 
     # --- what the channel calls ----------------------------------------------------------------
 
     def on_settled(self, message: Message, outcome: Outcome) -> None:
         """Free the message's room; note what went wrong."""
         self._progress = trio.current_time()
-        self._lost_since = None
         if outcome is Outcome.NACKED and self._may_be_taken_later():
-            self._keep_rejected(message)
+            self._again.append(message)
+            if not self._outstanding:
+                self._start_recovery()
             return
+        self._lost_since = None
         self._free(message)
         if outcome is Outcome.ACKED and message is self._commit and self._failure is None:
             # Whatever becomes of the channel before the upload's task gets to know of it.
             self._is_committed = True
-        elif outcome is Outcome.NACKED or self._rejected:
+        elif outcome is Outcome.NACKED or self._again:
             # A frame that is taken after one that was not makes a gap that nothing can fill.
-            self._fail(QueueFull(REJECTED))
+            self._fail(QueueFull(FULL))
         elif outcome is Outcome.RETURNED:
             self._fail(Unroutable("no queue is bound where this route publishes"))
         self._changed.unpark_all()
@@ -362,21 +338,19 @@ class Publication:
     def on_channel_lost(self, unknown: list[Message], error: BrokerError) -> None:
         """Keep what is unconfirmed for the next connection, unless the broker refused it."""
         self._channel = None
-        self._unknown = sorted(self._rejected + unknown + self._unknown, key=_seq)
-        self._rejected = []
+        self._again += unknown
+        self._rejection.forget()
         if isinstance(error, BrokerRefused):
             self._fail(error)
         elif self._commit is not None:
             self._is_in_doubt = True
         if self._closed or self._failure is not None:
             self._give_up()
-            if not isinstance(error, BrokerRefused):
-                self._abort_again(unknown)
+            is_untold = any(message.type == TYPE_ABORT for message in unknown)
+            if self._abort is not None and is_untold and not isinstance(error, BrokerRefused):
+                self._publisher.spawn(self._abort.tell)
         else:
-            if self._lost_since is None:
-                self._lost_since = trio.current_time()
-            self._recovery = trio.CancelScope()
-            self._publisher.spawn(self._recover)
+            self._start_recovery()
         self._changed.unpark_all()
 
     def on_blocked_changed(self) -> None:
@@ -387,29 +361,8 @@ class Publication:
     def _may_be_taken_later(self) -> bool:
         """Whether a nack may be of a queue that has no leader now, and not of one that is full."""
         channel = self._channel
-        if channel is None or channel.has_taken or self._closed or self._failure is not None:
-            return False
-        self._rejected_since = min(self._rejected_since, trio.current_time())
-        return trio.current_time() < self._rejected_since + REJECTED_GRACE
-
-    def _keep_rejected(self, message: Message) -> None:
-        self._rejected.append(message)
-        if not self._outstanding:
-            self._recovery = trio.CancelScope()
-            self._publisher.spawn(self._publish_rejected)
-
-    async def _publish_rejected(self) -> None:
-        """Publish again what was rejected; nothing else is outstanding or can be meanwhile."""
-        with self._recovery:
-            await trio.sleep(REJECTED_PAUSE)
-        # It may have been lost, or given up, in between.
-        if self._channel is None or self._outstanding:
-            return
-        self._progress = trio.current_time()
-        messages, self._rejected = sorted(self._rejected, key=_seq), []
-        for message in messages:
-            self._channel.publish(message, mandatory=self._mandatory)
-        self._changed.unpark_all()
+        is_over = self._closed or self._failure is not None
+        return channel is not None and not channel.has_taken and not is_over
 
     def _fail(self, error: BrokerError) -> None:
         if self._is_in_doubt and not isinstance(error, OutcomeUnknown):
@@ -421,8 +374,8 @@ class Publication:
             self._failure = error
 
     def _give_up(self) -> None:
-        unknown, self._unknown, self._rejected = self._unknown + self._rejected, [], []
-        for message in unknown:
+        again, self._again = self._again, []
+        for message in again:
             self._free(message)
 
     def _room(self, message: Message) -> int:

@@ -293,16 +293,20 @@ class Session:
             ),
         )
 
-    async def find_queue(self, name: str) -> None:
-        """Make sure that a queue exists, which needs no permission, and change nothing.
+    async def find_queue(self, name: str) -> int:
+        """How many messages a queue has ready; needs no permission, and changes nothing.
+
+        RabbitMQ says 0 of a quorum queue whose leader does not answer.
 
         Raises:
             BrokerRefused: it does not (404), or another connection has it for itself (405).
         """
-        await self._ask(
+        frame = await self._ask(
             f"looking for queue {name}",
             lambda channel, answered: channel.queue_declare(name, passive=True, callback=answered),
         )
+        assert isinstance(frame, Method)
+        return int(frame.method.message_count)
 
     async def find_exchange(self, name: str) -> None:
         """Make sure that an exchange other than the default one exists, and change nothing.
@@ -317,14 +321,20 @@ class Session:
             ),
         )
 
-    async def _ask(self, doing: str, ask: Callable[[Channel, Callable[..., None]], object]) -> None:
-        """One synchronous method on a channel of its own, because a refusal closes it."""
+    async def _ask(
+        self, doing: str, ask: Callable[[Channel, Callable[..., None]], object]
+    ) -> object:
+        """One synchronous method on a channel of its own, because a refusal closes it.
+
+        Returns pika's frame with the answer.
+        """
         channel = await self._open_channel()
         reply = _Reply()
         channel.add_on_close_callback(lambda _, reason: reply.fail(translate(reason)))
         ask(channel, reply.set)
         await self._wait(reply, doing)
         channel.close()
+        return reply.frame
 
     async def _open_channel(self) -> Channel:
         reply = _Reply()
@@ -396,8 +406,10 @@ class _Reply:
     def __init__(self) -> None:
         self.event = trio.Event()
         self.error: BrokerError | None = None
+        self.frame: object = None
 
-    def set(self, *_: object) -> None:
+    def set(self, frame: object) -> None:
+        self.frame = frame
         self.event.set()
 
     def fail(self, error: BrokerError) -> None:

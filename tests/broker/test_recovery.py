@@ -5,17 +5,24 @@ import itertools
 import pytest
 import trio
 from pika import frame as amqp
-from pika.spec import Basic, Channel, Connection
+from pika.spec import Basic, Channel, Connection, Queue
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from relay.broker.abort import ABORT_TIMEOUT
 from relay.broker.connect import BACKOFF_FIRST, BACKOFF_LAST, CONNECT_TIMEOUT, backoff
-from relay.broker.publication import ABORT_TIMEOUT, REJECTED_GRACE
+from relay.broker.rejection import REJECTED_GRACE
+from relay.config import QueueConfig, RouteConfig
 from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown, QueueFull
 from relay.model import Abort
 from tests.broker.attempt import FRAME, Relay, running, seqs
 from tests.scripted_broker import Network, Published, ScriptedBroker
 
 GRACE = 30
+
+TO_QUEUE = RouteConfig(name="direct", exchange="", routing_key="q.q")
+TO_DECLARED_QUEUE = RouteConfig(
+    name="declared", exchange="ex", queue=QueueConfig(name="q.q", type="quorum", arguments={})
+)
 
 
 async def commit_frame(relay: Relay, broker: ScriptedBroker) -> Published:
@@ -51,7 +58,9 @@ async def test_frames_rejected_before_any_was_taken_are_published_again(
         relay.assert_nothing_is_held()
 
 
-async def test_a_queue_that_takes_nothing_is_full_in_the_end(autojump_clock: MockClock) -> None:
+async def test_a_queue_behind_an_exchange_that_takes_nothing_is_full_in_the_end(
+    autojump_clock: MockClock,
+) -> None:
     async with running(Network()) as relay:
         broker = await relay.broker()
         upload = relay.attempt(2)
@@ -59,6 +68,109 @@ async def test_a_queue_that_takes_nothing_is_full_in_the_end(autojump_clock: Moc
         assert isinstance(await upload.outcome(), QueueFull)
         assert trio.current_time() == pytest.approx(REJECTED_GRACE, abs=1)
         await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
+
+
+async def rejected(broker: ScriptedBroker, *, ready: int) -> list[Published]:
+    """Reject what an upload of five frames has out; answer what the queue is asked after that."""
+    messages = await broker.published(4)
+    assert seqs(messages) == [0, 1, 2, 3]
+    await broker.nack(messages[-1].tag, multiple=True)
+    declare = await broker.accept_declare(ready)
+    assert (declare.queue, declare.passive) == ("q.q", True)
+    return messages
+
+
+@pytest.mark.parametrize("route", [TO_QUEUE, TO_DECLARED_QUEUE])
+async def test_a_queue_that_rejects_and_has_messages_is_full_at_once(
+    route: RouteConfig, autojump_clock: MockClock
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=route)
+        for _ in range(2):
+            await rejected(broker, ready=7)
+        assert isinstance(await upload.outcome(), QueueFull)
+        assert trio.current_time() < 0.1
+        (abort,) = await broker.published()
+        assert abort.decode() == Abort(upload.transfer.id, 4, "queue-full")
+        await broker.confirm(abort)
+        await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
+
+
+async def test_a_queue_that_has_a_leader_again_when_it_is_asked_is_not_taken_for_full(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=TO_QUEUE)
+        for ready in (7, 0, 7):
+            await rejected(broker, ready=ready)
+        await broker.confirm(*await broker.published(4))
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+        relay.assert_nothing_is_held()
+
+
+async def test_a_queue_that_stays_without_a_leader_is_a_broker_that_is_away(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network(), reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=TO_QUEUE)
+
+        async def reject() -> None:
+            while not upload.is_over:
+                await rejected(broker, ready=0)
+
+        with trio.move_on_after(2 * GRACE):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(reject)
+                error = await upload.outcome()
+                nursery.cancel_scope.cancel()
+        assert isinstance(error, BrokerUnavailable)
+        assert "leader" in error.detail
+        assert trio.current_time() == pytest.approx(GRACE, abs=0.1)
+        relay.assert_nothing_is_held()
+
+
+async def test_a_queue_of_which_the_broker_says_nothing_is_not_taken_for_full(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(2, route=TO_QUEUE)
+        (message,) = await broker.published()
+        await broker.nack(message.tag)
+        channel = await broker.accept_open()
+        await broker.expect(Queue.Declare)
+        await broker.close_channel(channel, 404, "NOT_FOUND")
+        await broker.confirm(*await broker.published())
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+async def test_a_connection_lost_while_the_queue_is_asked_is_replaced(
+    is_answered: bool, autojump_clock: MockClock
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=TO_QUEUE)
+        await broker.nack((await broker.published(4))[-1].tag, multiple=True)
+        channel = await broker.accept_open()
+        await broker.expect(Queue.Declare)
+        answer = amqp.Method(channel, Queue.DeclareOk("q.q", 7, 0)).marshal()
+        goodbye = amqp.Method(0, Connection.Close(320, "CONNECTION_FORCED", 0, 0)).marshal()
+        # Both in one read, so that no task runs in between.
+        await broker.send_bytes(answer * is_answered + goodbye)
+        broker = await relay.broker()
+        again = await broker.published(4)
+        assert seqs(again) == [0, 1, 2, 3]
+        await broker.confirm(*again)
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
         relay.assert_nothing_is_held()
 
 

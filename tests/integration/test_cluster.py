@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, Self
@@ -28,8 +29,6 @@ FAILURES: Final = {
     (503, "broker-unavailable"),
     (504, "confirm-timeout"),
     (504, "outcome-unknown"),
-    # Where the leader's node is dead, a channel that is new rejects for as long as it is.
-    (507, "queue-full"),
 }
 """What uploads may fail with while there is no majority; which, depends on where the leader was."""
 
@@ -158,7 +157,7 @@ def test_a_rolling_restart_fails_no_upload(
 
 
 def test_without_a_majority_uploads_fail_in_time_and_with_one_they_work_again(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = CONFIG + 'reconnect_grace = "2 s"\nconfirm_timeout = "2 s"\n'
     body = content(8 * FRAME)
@@ -183,12 +182,18 @@ def test_without_a_majority_uploads_fail_in_time_and_with_one_they_work_again(
 
         daemon.wait_until(works, "uploads work again")
         *failed, last = answers
-        said = {(answer.status, answer.json()["code"]) for answer in failed}
-        assert said <= FAILURES, "\n".join(daemon.log)
+        said = Counter((answer.status, answer.json()["code"]) for answer in failed)
+        with capsys.disabled():
+            print(f"\nno majority: {dict(said)}")
+        assert set(said) <= FAILURES, "\n".join(daemon.log)
         assert daemon.stop() == 0
     items = [message.decode() for message in messages_now(cluster.urls[0], QUEUE)]
     transfers = reassemble(iter(items))
     unknown = {a.json()["transfer"] for a in failed if a.json()["code"] == "outcome-unknown"}
     committed = {name for name, transfer in transfers.items() if transfer.committed} - unknown
+    # The outcome is not known only of what was all there but for the commit frame.
+    for name in unknown:
+        (part,) = transfers[name].parts
+        assert transfers[name].committed or part.data == body[:-FRAME]
     assert committed == {first.json()["transfer"], last.json()["transfer"]}
     assert all(transfers[name].parts[0].data == body for name in committed)
