@@ -145,7 +145,7 @@ class Daemon:
             (
                 "relay_broker_connections",
                 "Connections that take uploads now.",
-                sum(publisher.refusal() is None for publisher in publishers),
+                sum(publisher.fault() is None for publisher in publishers),
             ),
             (
                 "relay_window_bytes",

@@ -72,7 +72,12 @@ class Pool:
         return self._least_busy().open(transfer, route)
 
     def _least_busy(self) -> Publisher:
-        return min(self.publishers, key=lambda p: (p.refusal() is not None, p.publications))
+        def order(publisher: Publisher) -> tuple[bool, bool, int]:
+            # One that is reconnecting takes uploads, too, but makes them wait.
+            is_refusing = publisher.refusal() is not None
+            return is_refusing, publisher.fault() is not None, publisher.publications
+
+        return min(self.publishers, key=order)
 
 
 def _begin_with(urls: tuple[str, ...], number: int) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class Line(Protocol):
     def spawn(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run an async function that may outlive the upload."""
 
-    def refusal(self) -> BrokerError | None:
+    def fault(self) -> BrokerError | None:
         """What is wrong with the broker now, or None."""
 
 
@@ -287,7 +287,7 @@ class Publication:
         seconds = self._config.reconnect_grace
         text = f"the broker was lost and did not come back within {seconds:g} s"
         # A login that is refused by now is another matter than a node that is still away.
-        reason = self._publisher.refusal()
+        reason = self._publisher.fault()
         return BrokerUnavailable(text if reason is None else f"{text}: {reason.detail}")
 
     async def _see_off(self) -> None:

@@ -5,6 +5,7 @@
 """
 
 import logging
+import math
 import random
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -28,6 +29,10 @@ DECLARE_TIMEOUT: Final = 30.0
 
 CHANNEL_TIMEOUT: Final = 20.0
 """Seconds in which a new upload gets its channel: more than a silent connection is kept for."""
+
+RECONNECT_PATIENCE: Final = 2.0
+"""Seconds after a loss in which new uploads are admitted all the same, and for which each waits for
+the next connection before its body is asked for. Reconnecting to another node takes a tenth."""
 
 Refusals = Mapping[str, BrokerRefused]
 """Why queues could not be declared, by the name of the route."""
@@ -76,6 +81,7 @@ class Publisher:
         self._publications: set[Publication] = set()
         self._nursery: trio.Nursery | None = None
         self._is_closing = False
+        self._patient_until = -math.inf
         self.blocked_since: float | None = None
 
     async def run(self) -> None:
@@ -110,7 +116,15 @@ class Publisher:
             await self._session.close()
 
     def refusal(self) -> BrokerError | None:
-        """Why an upload would not be admitted now, or None if it would."""
+        """Why an upload would not be admitted now, or None if it would, if need be after a wait."""
+        # A session that is there and not open has ended so recently that nobody has noted it yet.
+        is_lost = self._session is not None and not self._session.is_open
+        if is_lost or trio.current_time() < self._patient_until:
+            return None
+        return self.fault()
+
+    def fault(self) -> BrokerError | None:
+        """What is wrong with the broker now, or None."""
         session = self._session
         if session is None or not session.is_open:
             # Of a connection that has just been lost, only the session knows why.
@@ -140,8 +154,7 @@ class Publisher:
         Raises:
             BrokerError: there is no channel to be had.
         """
-        if (refusal := self.refusal()) is not None:
-            raise refusal
+        await self._wait_admitted()
         publication = Publication(self, transfer, route)
         with trio.move_on_after(CHANNEL_TIMEOUT) as scope:
             publication.attach(*await self.acquire())
@@ -153,6 +166,18 @@ class Publisher:
         finally:
             self._publications.discard(publication)
             publication.close()
+
+    async def _wait_admitted(self) -> None:
+        """Wait a moment for the connection that follows one just lost.
+
+        Raises:
+            BrokerError: there is none, or it is blocked.
+        """
+        if self.refusal() is None:
+            with trio.move_on_after(RECONNECT_PATIENCE):
+                await self._wait_session()
+        if (fault := self.fault()) is not None:
+            raise fault
 
     async def acquire(self) -> tuple[Session, ConfirmChannel]:
         """A channel of the current session, waiting for a session if there is none.
@@ -220,6 +245,7 @@ class Publisher:
 
     def _up(self, session: Session, parameters: Parameters) -> None:
         self._session = session
+        self._patient_until = -math.inf
         self.connects += 1
         self._told.clear()
         log.info("connected to the broker at %s:%s", parameters.host, parameters.port)
@@ -234,6 +260,8 @@ class Publisher:
         elif self._session is not None or str(error) != self._told.get(broker):
             # Once per change: a broker that is away for a night is not worth a line a second.
             log.warning("broker %s:%s: %s", parameters.host, parameters.port, error)
+        if self._session is not None and not self._is_closing:
+            self._patient_until = trio.current_time() + RECONNECT_PATIENCE
         self._told[broker] = str(error)
         self._error = error
         self.blocked_since = None

@@ -329,11 +329,11 @@ async def test_queues_are_declared_on_each_connection_before_uploads(
             broker = await network.accept()
             await broker.handshake()
             await wait_all_tasks_blocked()
-            assert isinstance(relay.publisher.refusal(), BrokerUnavailable)
+            assert isinstance(relay.publisher.fault(), BrokerUnavailable)
             declare = await broker.accept_declare()
             assert declare.queue == "q"
             await wait_all_tasks_blocked()
-            assert relay.publisher.refusal() is None
+            assert relay.publisher.fault() is None
             await broker.cut()
             await wait_all_tasks_blocked()
 

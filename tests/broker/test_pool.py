@@ -7,6 +7,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from relay.broker.pool import Pool
+from relay.broker.publisher import RECONNECT_PATIENCE
 from relay.config import AmqpConfig
 from relay.errors import BrokerUnavailable
 from tests.broker.attempt import FRAME, ROUTE, Attempt
@@ -81,7 +82,7 @@ async def test_uploads_are_refused_when_no_connection_is_left(autojump_clock: Mo
         network.is_down = True
         for broker in brokers:
             await broker.cut()
-        await wait_all_tasks_blocked()
+        await trio.sleep(RECONNECT_PATIENCE + 1)
         assert isinstance(pool.refusal(), BrokerUnavailable)
         assert isinstance(await attempt(pool, nursery, 1).outcome(), BrokerUnavailable)
 

@@ -10,9 +10,17 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from relay.broker.abort import ABORT_TIMEOUT
 from relay.broker.connect import BACKOFF_FIRST, BACKOFF_LAST, CONNECT_TIMEOUT, backoff
+from relay.broker.publisher import RECONNECT_PATIENCE
 from relay.broker.rejection import REJECTED_GRACE
 from relay.config import QueueConfig, RouteConfig
-from relay.errors import BrokerRefused, BrokerUnavailable, ClientGone, OutcomeUnknown, QueueFull
+from relay.errors import (
+    BrokerBlocked,
+    BrokerRefused,
+    BrokerUnavailable,
+    ClientGone,
+    OutcomeUnknown,
+    QueueFull,
+)
 from relay.model import Abort
 from tests.broker.attempt import FRAME, Relay, running, seqs
 from tests.scripted_broker import Network, Published, ScriptedBroker
@@ -360,7 +368,64 @@ async def test_a_channel_refused_on_the_next_connection_fails_the_upload(
         relay.assert_nothing_is_held()
 
 
-async def test_a_lost_connection_has_new_uploads_refused_until_the_next_is_there(
+async def test_an_upload_that_comes_just_after_a_loss_waits_for_the_next_connection(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        await broker.cut()
+        await wait_all_tasks_blocked()
+        upload = relay.attempt(1)
+        assert relay.publisher.refusal() is None
+        broker = await relay.broker()
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+        assert trio.current_time() < RECONNECT_PATIENCE
+
+
+async def test_an_upload_that_comes_just_after_a_loss_does_not_wait_for_long(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network) as relay:
+        broker = await relay.broker()
+        network.is_down = True
+        await broker.cut()
+        await wait_all_tasks_blocked()
+        assert isinstance(await relay.attempt(1).outcome(), BrokerUnavailable)
+        assert trio.current_time() == pytest.approx(RECONNECT_PATIENCE)
+        # By now it is known to be away.
+        assert isinstance(await relay.attempt(1).outcome(), BrokerUnavailable)
+        assert trio.current_time() == pytest.approx(RECONNECT_PATIENCE)
+
+
+async def test_an_upload_that_waited_for_a_connection_is_refused_if_that_is_blocked(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network(), TO_DECLARED_QUEUE) as relay:
+        broker = await relay.broker()
+        await broker.accept_declare()
+        await wait_all_tasks_blocked()
+        await broker.cut()
+        await wait_all_tasks_blocked()
+        upload = relay.attempt(1)
+        broker = await relay.broker()
+        await broker.block()
+        await broker.accept_declare()
+        assert isinstance(await upload.outcome(), BrokerBlocked)
+
+
+async def test_a_broker_never_reached_is_not_waited_for(autojump_clock: MockClock) -> None:
+    network = Network()
+    network.is_down = True
+    async with running(network) as relay:
+        await wait_all_tasks_blocked()
+        assert isinstance(relay.publisher.refusal(), BrokerUnavailable)
+        assert isinstance(await relay.attempt(1).outcome(), BrokerUnavailable)
+        assert trio.current_time() == 0
+
+
+async def test_a_broker_that_stays_away_has_new_uploads_refused_until_it_is_back(
     autojump_clock: MockClock,
 ) -> None:
     network = Network()
@@ -369,7 +434,7 @@ async def test_a_lost_connection_has_new_uploads_refused_until_the_next_is_there
         assert relay.publisher.refusal() is None
         network.is_down = True
         await broker.cut()
-        await wait_all_tasks_blocked()
+        await trio.sleep(RECONNECT_PATIENCE + 1)
         assert isinstance(relay.publisher.refusal(), BrokerUnavailable)
         assert isinstance(await relay.attempt(1).outcome(), BrokerUnavailable)
         network.is_down = False
