@@ -18,7 +18,7 @@ from typing import ClassVar
 
 
 class RelayError(Exception):
-    """Root of the tree.
+    """Root of the tree; itself what clients are told of a bug, and no more than that.
 
     Attributes:
         status: HTTP status code of the response.

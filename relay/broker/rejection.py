@@ -8,8 +8,8 @@ makes it nack, and says 0 if that does not answer (``stat`` in rabbit_quorum_que
 full has at least one (``is_over_limit`` in rabbit_fifo). The exception is a queue that is full of
 what it keeps until it is dead-lettered: it is taken for one without a leader.
 
-A leader that has lost its majority answers, but nacks only after 65 s (net_ticktime and 5): an upload
-has failed by then, with the default ``confirm_timeout``.
+A leader that has lost its majority answers, but nacks only after 65 s (net_ticktime and 5): by then
+an upload has failed, with the default ``confirm_timeout``.
 
 It knows nothing of frames, nor when to stop.
 """

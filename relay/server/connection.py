@@ -35,7 +35,11 @@ _CONTINUE: Final = h11.InformationalResponse(status_code=100, headers=[], reason
 
 
 class HttpConnection:
-    """A client's connection, for one request after the other."""
+    """A client's connection, for one request after the other.
+
+    Attributes:
+        awaits_response: whether a request has begun to arrive, and its last response has not.
+    """
 
     def __init__(self, stream: trio.abc.HalfCloseableStream, config: HttpConfig) -> None:
         self._stream = stream
@@ -45,6 +49,7 @@ class HttpConnection:
         self._head = b""
         self._is_first = True
         self._is_head = False
+        self.awaits_response = False
         # Of the body in progress:
         self._left = 0
         self._chunked: ChunkedValidator | None = None
@@ -69,6 +74,7 @@ class HttpConnection:
         while not reader.done:
             if not self._unread and not await self._read_head(reader, deadline):
                 return None
+            self.awaits_response = True
             had_started = reader.started
             self._unread = self._unread[reader.feed(self._unread) :]
             if reader.started and not had_started:
@@ -195,6 +201,7 @@ class HttpConnection:
         Raises:
             ClientGone: the client does not take it.
         """
+        self.awaits_response = False
         headers = [
             ("Date", formatdate(usegmt=True)),
             ("Server", "relay"),

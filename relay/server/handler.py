@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -35,6 +35,8 @@ from relay.server.uploads import UploadRecord, Uploads
 from relay.transfer import FrameSink, Upload, new_transfer_id
 
 log = logging.getLogger(__name__)
+
+BUG: Final = "relay has failed in a way that it did not expect; its log says how"
 
 
 class Sink(FrameSink, Protocol):
@@ -75,13 +77,19 @@ class UploadHandler:
         self.keys = KeyMemory()
 
     async def serve(self, stream: trio.abc.HalfCloseableStream, peer: str) -> None:
-        """Answer requests until the connection ends."""
+        """Answer requests until the connection ends.
+
+        What is raised is a bug; its client has been told so, if it could be.
+        """
         connection = HttpConnection(stream, self._config)
         try:
             while await self._serve_request(connection, peer):
                 pass
         except ClientGone:
             log.debug("client gone", extra=fields(peer=peer))
+        except Exception:
+            await self._confess(connection, RelayError(BUG))
+            raise  # to be logged where it stops
 
     async def _serve_request(self, connection: HttpConnection, peer: str) -> bool:
         """Answer one request. Returns whether another can follow on this connection."""
@@ -122,7 +130,7 @@ class UploadHandler:
         )
         about = {"transfer": transfer.id, "route": transfer.route, "peer": peer}
         key = key_of(transfer)
-        has_begun = False
+        record = None
         try:
             route = self._route(head)
             # Before it is asked for room: an answer that is known needs neither room nor broker.
@@ -130,7 +138,6 @@ class UploadHandler:
                 return await self._replay(connection, head, replay, peer)
             self._check_room()
             with self.keys.hold(key), self._uploads.enter(transfer, peer) as record:
-                has_begun = True
                 receipt = await self._relay(connection, head, transfer, route, record)
                 response = created(receipt)
                 self.keys.remember(key, head, record.bytes_received, receipt, response)
@@ -141,13 +148,26 @@ class UploadHandler:
             self._uploads.count(exc.code)
             if isinstance(exc, ClientGone):
                 raise
-            return problem(exc, transfer_id=transfer.id if has_begun else None)
+            return problem(exc, transfer_id=transfer.id if record is not None else None)
+        except Exception:
+            may_be_committed = record is not None and record.may_be_committed
+            await self._confess(
+                connection, OutcomeUnknown(BUG) if may_be_committed else RelayError(BUG)
+            )
+            raise
         seconds = trio.current_time() - began
         totals = receipt.totals
         result = fields(**about, bytes=totals.bytes, frames=totals.frames, seconds=seconds)
         log.info("upload committed", extra=result)
         self._uploads.count("committed", totals.bytes)
         return response
+
+    async def _confess(self, connection: HttpConnection, error: RelayError) -> None:
+        """Tell the client of a bug, unless it has been told something already."""
+        if connection.awaits_response:
+            self._uploads.count(error.code)
+            with suppress(ClientGone):
+                await connection.respond(problem(error), close=True)
 
     async def _replay(
         self, connection: HttpConnection, head: RequestHead, replay: Response, peer: str
@@ -220,7 +240,6 @@ class UploadHandler:
                 raise TooLarge(f"the route takes at most {route.max_bytes} bytes")
             return data
 
-        may_be_committed = False
         with record.scope:
             async with self._broker.open(transfer, route) as sink:
                 parser = _parser(head, route)
@@ -230,9 +249,10 @@ class UploadHandler:
                     return await upload.run(receive)
                 except BaseException as exc:
                     sink.abort(_reason(exc))
-                    may_be_committed = sink.may_be_committed
                     raise
-        raise _ended_by_drain(may_be_committed)
+                finally:
+                    record.may_be_committed = sink.may_be_committed
+        raise _ended_by_drain(record.may_be_committed)
 
 
 def _ended_by_drain(may_be_committed: bool) -> RelayError:

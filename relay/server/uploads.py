@@ -29,6 +29,7 @@ class UploadRecord:
         read_size: bytes that it may ask of its socket at once.
         frames: cut so far.
         waits_for: ``client`` or ``broker``.
+        may_be_committed: when it has ended, whether its commit frame was out.
     """
 
     transfer: Transfer
@@ -38,6 +39,7 @@ class UploadRecord:
     bytes_received: int = 0
     frames: int = 0
     waits_for: str = "client"
+    may_be_committed: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 

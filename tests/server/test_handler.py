@@ -25,6 +25,7 @@ from relay.errors import (
 )
 from relay.model import Frame, PartHead, Transfer
 from relay.protocol.framing import crc32c
+from relay.server.connection import HttpConnection
 from relay.server.handler import UploadHandler
 from relay.server.uploads import Uploads
 from tests.memory_broker import (
@@ -902,10 +903,46 @@ async def test_an_unexpected_exception_aborts_the_transfer_and_leaves_nothing(
     with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
         async with server.client() as client:
             await client.send(put(LARGE))
-            await client.stream.receive_some()
+            answer = await client.answer()
+            assert (answer.status, answer.json()["code"]) == (500, "internal-error")
     assert server.sink.aborted == ["internal-error"]
     assert server.sink.closed
     assert len(server.uploads) == 0
+
+
+@pytest.mark.parametrize(
+    ("where", "status"),
+    [("relay.server.handler.parse_request", 500), ("relay.server.handler.created", 504)],
+)
+async def test_a_bug_is_told_and_its_client_hears_nothing_of_what_it_was(
+    where: str, status: int, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(where, fail)
+    client, stream = memory_stream_pair()
+    await client.send_all(put(LARGE))
+    await client.send_eof()
+    with pytest.raises(ZeroDivisionError):
+        await server.handler.serve(stream, "peer")
+    received = bytes(await client.receive_some())
+    assert received.startswith(b"HTTP/1.1 %d " % status)
+    assert b"secret" not in received
+    assert received.count(b"HTTP/1.1") == 1
+
+
+async def test_a_bug_after_an_answer_is_not_answered(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HttpConnection, "_linger", raising(ZeroDivisionError()))
+    client, stream = memory_stream_pair()
+    await client.send_all(put(LARGE, "/upload/name", "Connection: close"))
+    with pytest.raises(ZeroDivisionError):
+        await server.handler.serve(stream, "peer")
+    received = bytes(await client.receive_some())
+    assert received.startswith(b"HTTP/1.1 201 ")
+    assert received.count(b"HTTP/1.1") == 1
 
 
 async def test_logs_name_the_transfer_and_quote_nothing_that_the_client_sent(

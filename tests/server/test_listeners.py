@@ -260,8 +260,12 @@ async def test_an_unexpected_exception_costs_its_connection_and_is_logged_once(
                 assert await stream.receive_some() == b"fine"
 
 
+@pytest.mark.parametrize(
+    ("where", "status", "code"),
+    [("before_send", 500, "internal-error"), ("before_commit", 504, "outcome-unknown")],
+)
 async def test_a_bug_under_an_upload_costs_that_upload_and_no_other(
-    caplog: pytest.LogCaptureFixture,
+    where: str, status: int, code: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = MemoryBroker()
     uploads = Uploads(10)
@@ -270,16 +274,22 @@ async def test_a_bug_under_an_upload_costs_that_upload_and_no_other(
 
     async def fail(_: object) -> None:
         await trio.lowlevel.checkpoint()
-        raise ZeroDivisionError
+        raise ZeroDivisionError("secret")
 
     async with listening(handler.serve) as (address,):
-        before_commit, broker.before_commit = broker.before_commit, fail
+        before = getattr(broker, where)
+        setattr(broker, where, fail)
         async with await connect(address) as stream:
-            await stream.send_all(request("/upload", b"hello"))
+            answer = await MemoryClient(stream).exchange(request("/upload", b"hello"))
+            assert (answer.status, answer.json()["code"]) == (status, code)
+            assert b"secret" not in answer.body
+            assert answer.closes
             assert await stream.receive_some() == b""
+        await trio.testing.wait_all_tasks_blocked()
         assert [record.levelno for record in caplog.records] == [logging.ERROR]
         assert len(uploads) == 0
-        broker.before_commit = before_commit
+        assert uploads.finished == {code: 1}
+        setattr(broker, where, before)
         async with await connect(address) as stream:
             answer = await MemoryClient(stream).exchange(request("/upload", b"hello"))
         assert answer.status == 201
