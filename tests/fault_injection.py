@@ -28,6 +28,7 @@ from tests.fault_oracle import (
     LEFT,
     Attempt,
     Client,
+    Outage,
     Plan,
     find,
     judge,
@@ -108,8 +109,10 @@ class Rig:
 
     node: RabbitMQNode
     proxy: FaultProxy
+    daemon: Daemon
     deadlines: Deadlines
     chance: Random
+    outages: list[Outage] = field(default_factory=list)
 
 
 Injection = Callable[[Rig], Awaitable[str]]
@@ -128,6 +131,17 @@ async def restart(rig: Rig) -> str:
     """An orderly restart."""
     await in_thread(rig.node.restart)
     return "restart"
+
+
+async def kill_daemon(rig: Rig) -> str:
+    """A crash of the daemon itself, and a start soon after, at the same address."""
+    outage = Outage(trio.current_time())
+    rig.outages.append(outage)
+    await in_thread(rig.daemon.kill)
+    await trio.sleep(rig.chance.uniform(0, 1))
+    await in_thread(rig.daemon.start)
+    outage.ended = trio.current_time()
+    return "kill -9 of the daemon"
 
 
 async def suspend_briefly(rig: Rig) -> str:
@@ -251,6 +265,7 @@ EACH: Final[Sequence[Injection]] = (
     network,
     kill_and_network,
 )
+"""Faults of broker and network, as often as they are to come; those of the daemon are apart."""
 
 
 # --- a round ------------------------------------------------------------------------------------
@@ -316,14 +331,19 @@ async def run_round(
     queue = f"faults.{queue_type}.{seed}"
     outcome = Round(seed)
     async with _proxied(node) as proxy:
-        rig = Rig(node, proxy, deadlines, Random(f"faults {seed}"))
         with tempfile.TemporaryDirectory(prefix="relay-faults-") as directory:
             config = configuration(queue, queue_type, deadlines)
             daemon = Daemon(proxy.url, config, directory=Path(directory))
             outcome.log = daemon.log
+            rig = Rig(node, proxy, daemon, deadlines, Random(f"faults {seed}"))
             try:
                 await in_thread(daemon.start)
-                client = Client(daemon.address, route=ROUTE, patience=deadlines.patience)
+                client = Client(
+                    daemon.address,
+                    route=ROUTE,
+                    patience=deadlines.patience,
+                    outages=rig.outages,
+                )
                 outcome.attempts = client.attempts
                 await _upload_under_faults(
                     outcome, client, rig, injections, clients, gap, until, queue_type

@@ -6,8 +6,9 @@ faults: whatever was done to broker and network, the same must hold.
 """
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any, Final
@@ -32,6 +33,10 @@ LEFT: Final = "(client left)"
 
 BROKEN: Final = "(no answer)"
 """Instead of a code: the daemon ended the connection without an answer. It never may."""
+
+KILLED: Final = "(daemon killed)"
+"""Instead of a code: no answer, because the daemon was killed meanwhile, or not there. It may be
+committed all the same."""
 
 HUNG: Final = "(hung)"
 """Instead of a code: nothing moved for longer than all deadlines together."""
@@ -100,6 +105,14 @@ def _size(chance: Random) -> int:
     return chance.randrange(3 * MIB)
 
 
+@dataclass(slots=True)
+class Outage:
+    """A time, by trio's clock, in which the daemon was killed, and until it was ready again."""
+
+    began: float
+    ended: float = math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """What became of one attempt at an upload.
@@ -136,9 +149,24 @@ class Client:
         attempts: what became of them.
     """
 
-    def __init__(self, address: tuple[str, int], *, route: str, patience: float) -> None:
-        """``patience``: seconds without progress after which an upload counts as hung."""
+    def __init__(
+        self,
+        address: tuple[str, int],
+        *,
+        route: str,
+        patience: float,
+        outages: Sequence[Outage] = (),
+    ) -> None:
+        """Prepare to upload.
+
+        Args:
+            address: the daemon's.
+            route: where to.
+            patience: seconds without progress after which an upload counts as hung.
+            outages: the daemon's, as they come.
+        """
         self.attempts: list[Attempt] = []
+        self._outages = outages
         self._address = address
         self._route = route
         self._patience = patience
@@ -164,6 +192,8 @@ class Client:
         except _Left:
             code = LEFT
         exchange.move()
+        if code == BROKEN and self._was_killed(began, exchange.moved):
+            code = KILLED
         if status is not None:
             code = COMMITTED if status == 201 else str(answer.get("code"))
         return Attempt(
@@ -177,6 +207,9 @@ class Client:
             seconds=exchange.moved - began,
             pause=exchange.pause,
         )
+
+    def _was_killed(self, began: float, ended: float) -> bool:
+        return any(outage.began <= ended and began <= outage.ended for outage in self._outages)
 
 
 class _Left(Exception):
@@ -203,6 +236,9 @@ class _Exchange:
             ("Content-Length", str(len(self._body))),
             ("Connection", "close"),
         ]
+        if not plan.is_form:
+            name = f'attachment; filename="{parts[0].filename}"'
+            headers.append(("Content-Disposition", name))
         if plan.key is not None:
             headers.append(("Idempotency-Key", plan.key))
         self._request = h11.Request(method="POST", target=f"/upload/{route}", headers=headers)
@@ -286,6 +322,7 @@ class Found:
 
     Attributes:
         parts: transfer id to the crc32c of each of its parts, computed here.
+        uploads: transfer id to the name of its plan.
         committed: how often each transfer was committed.
         repeats: transfer id to that of the earlier transfer with its key.
         aborted: transfer id to reason.
@@ -294,6 +331,7 @@ class Found:
     """
 
     parts: dict[str, list[int]] = field(default_factory=dict)
+    uploads: dict[str, str] = field(default_factory=dict)
     committed: Counter[str] = field(default_factory=Counter)
     repeats: dict[str, str] = field(default_factory=dict)
     aborted: dict[str, str] = field(default_factory=dict)
@@ -319,8 +357,10 @@ def find(items: Iterable[Frame | Abort]) -> Found:
 
 def _note(found: Found, event: reassembly.Event) -> None:
     match event:
-        case reassembly.PartStarted(transfer):
+        case reassembly.PartStarted(transfer, part, head):
             found.parts.setdefault(transfer, []).append(0)
+            if part == 0:
+                found.uploads[transfer] = str(head.filename).rpartition(".")[0]
         case reassembly.PartData(transfer, _, _, body):
             found.parts[transfer][-1] = google_crc32c.extend(found.parts[transfer][-1], body)
         case reassembly.Committed(transfer):
@@ -382,8 +422,16 @@ def _judge_successes(attempts: list[Attempt], found: Found) -> Iterator[str]:
 def _judge_commits(attempts: list[Attempt], found: Found) -> Iterator[str]:
     allowed = {attempt.transfer for attempt in attempts if attempt.code in (COMMITTED, UNKNOWN)}
     answers = {attempt.transfer: attempt for attempt in attempts}
+    killed = Counter(attempt.plan.name for attempt in attempts if attempt.code == KILLED)
+    plans = {attempt.plan.name: attempt.plan for attempt in attempts}
     for transfer in [*found.committed, *found.repeats]:
-        if transfer not in allowed:
+        name = found.uploads.get(transfer, "")
+        if transfer not in answers and killed[name]:
+            # Of what a daemon was killed over, nobody was told the transfer's id.
+            killed[name] -= 1
+            if found.digests(transfer) != plans[name].digests():
+                yield f"CORRUPT: transfer {transfer} of upload {name}, that nobody was told of"
+        elif transfer not in allowed:
             answer = answers.get(transfer, "no answer named it")
             yield f"COMMITTED WITHOUT A 201: transfer {transfer}: {answer}"
         if transfer in found.aborted:
@@ -391,11 +439,14 @@ def _judge_commits(attempts: list[Attempt], found: Found) -> Iterator[str]:
 
 
 def _judge_keys(attempts: list[Attempt], found: Found) -> Iterator[str]:
-    """Each upload that was retried with its key counts once."""
+    """Each upload that was retried with its key counts once, whoever was told of it."""
     by_key: dict[str, set[str]] = {}
-    for attempt in attempts:
-        if attempt.plan.key is not None and attempt.transfer is not None:
-            by_key.setdefault(attempt.plan.key, set()).add(attempt.transfer)
+    keys = {attempt.plan.name: attempt.plan.key for attempt in attempts}
+    named = {attempt.transfer: attempt.plan.name for attempt in attempts}
+    for transfer in found.committed:
+        key = keys.get(named.get(transfer) or found.uploads.get(transfer, ""))
+        if key is not None:
+            by_key.setdefault(key, set()).add(transfer)
     for key, transfers in by_key.items():
         delivered = [transfer for transfer in transfers if found.committed[transfer]]
         if len(delivered) > 1:

@@ -60,21 +60,23 @@ class Daemon:
         path.write_text(config)
         urls = [amqp] if isinstance(amqp, str) else amqp
         self._command = [*prefix, sys.executable, "-m", "relay", "serve", "--config", str(path)]
-        self._command += ["--listen", listen, "--admin", "127.0.0.1:0"]
         for url in urls:
             self._command += ["--amqp", url]
         self._env = {**(os.environ if env is None else env)}
         self._cwd = cwd
         self._wait_ready = wait_ready
         self._process: subprocess.Popen[str] | None = None
-        self._addresses: dict[str, str] = {}
-        self._listening = threading.Event()
+        self._addresses = {"uploads": listen, "admin": "127.0.0.1:0"}
         self.log: list[str] = []
 
     def start(self) -> None:
-        """Start it and wait until it listens (and is ready, if asked for)."""
+        """Start it and wait until it listens (and is ready, if asked for).
+
+        After ``stop`` or ``kill`` it is started once more, at the same addresses.
+        """
+        listen = ["--listen", self._addresses["uploads"], "--admin", self._addresses["admin"]]
         self._process = subprocess.Popen(
-            self._command,
+            [*self._command, *listen],
             env=self._env,
             cwd=self._cwd,
             stderr=subprocess.PIPE,
@@ -82,25 +84,32 @@ class Daemon:
             # Ctrl-C is for whoever started the daemon, who then ends it.
             start_new_session=True,
         )
-        threading.Thread(target=self._read_log, daemon=True).start()
-        self._listening.wait(START_TIMEOUT)
-        if len(self._addresses) < 2:
+        addresses: dict[str, str] = {}
+        all_told = threading.Event()
+        reader = threading.Thread(
+            target=self._read_log, args=(self._process, addresses, all_told), daemon=True
+        )
+        reader.start()
+        all_told.wait(START_TIMEOUT)
+        self._addresses |= addresses
+        if len(addresses) < 2:
             self.kill()
             raise DaemonFailed("the daemon did not start:\n" + "\n".join(self.log))
         if self._wait_ready:
             self.wait_until(lambda: self.ready()[0] == 200, "it is ready")
 
-    def _read_log(self) -> None:
-        assert self._process is not None
-        assert self._process.stderr is not None
-        with self._process.stderr as stderr:
+    def _read_log(
+        self, process: subprocess.Popen[str], addresses: dict[str, str], all_told: threading.Event
+    ) -> None:
+        assert process.stderr is not None
+        with process.stderr as stderr:
             for line in stderr:
                 self.log.append(line.rstrip("\n"))
                 if match := _LISTENING.search(line):
-                    self._addresses[match[1]] = match[2]
-                    if len(self._addresses) == 2:
-                        self._listening.set()
-        self._listening.set()
+                    addresses[match[1]] = match[2]
+                    if len(addresses) == 2:
+                        all_told.set()
+        all_told.set()
 
     @property
     def pid(self) -> int:

@@ -13,7 +13,7 @@ from relay.demo.rabbitmq import RabbitMQNode
 from relay.model import Abort, Frame, PartHead, Transfer
 from relay.protocol.framing import Framer
 from tests import fault_injection as faults
-from tests.fault_oracle import Attempt, Found, Plan, find, judge
+from tests.fault_oracle import KILLED, Attempt, Found, Plan, find, judge
 from tests.fault_proxy import Direction, Fault, Kind
 
 ONE_OF_EACH: Final = (
@@ -76,6 +76,7 @@ def answered(status: int, code: str, transfer: str = ID) -> Attempt:
 
 
 COMMITTED: Final = answered(201, "committed")
+KILLED_OVER: Final = Attempt(PLAN, None, KILLED)
 FRAMES: Final = frames_of(PLAN)
 
 
@@ -84,8 +85,12 @@ def test_the_oracle_is_content_with_the_truth() -> None:
     assert judge([COMMITTED], find([*FRAMES[:2], *FRAMES])) == []
     assert judge([answered(504, "outcome-unknown")], find(FRAMES)) == []
     assert judge([answered(503, "broker-unavailable")], find(FRAMES[:-1])) == []
+    again = [*FRAMES, *frames_of(PLAN, OTHER_ID)]
     retried = [answered(504, "outcome-unknown"), answered(201, "committed", OTHER_ID)]
-    assert judge(retried, find([*FRAMES, *frames_of(PLAN, OTHER_ID)])) == []
+    assert judge(retried, find(again)) == []
+    for frames in (FRAMES, FRAMES[:-1]):
+        assert judge([KILLED_OVER], find(frames)) == []
+    assert judge([KILLED_OVER, answered(201, "committed", OTHER_ID)], find(again)) == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +104,9 @@ def test_the_oracle_is_content_with_the_truth() -> None:
         ([answered(503, "broker-unavailable")], FRAMES, "COMMITTED WITHOUT A 201"),
         ([replace(COMMITTED, transfer=OTHER_ID)], FRAMES, "COMMITTED WITHOUT A 201"),
         ([answered(500, "internal-error")], [], "internal error"),
+        ([KILLED_OVER], [*FRAMES, *frames_of(PLAN, OTHER_ID)], "COMMITTED WITHOUT A 201"),
+        ([KILLED_OVER, COMMITTED], [], "LOST"),
+        ([replace(KILLED_OVER, plan=replace(PLAN, seed="other"))], FRAMES, "CORRUPT"),
         ([Attempt(PLAN, None, "(hung)")], [], "not answered"),
         ([Attempt(PLAN, None, "(no answer)")], [], "not answered"),
     ],
