@@ -26,6 +26,7 @@ from tests.fault_oracle import (
     COMMITTED,
     HUNG,
     LEFT,
+    MIB,
     Attempt,
     Client,
     Outage,
@@ -37,7 +38,6 @@ from tests.fault_oracle import (
 from tests.fault_proxy import Direction, Fault, FaultProxy, Kind
 from tests.queue_reader import PREFETCH, WAIT, Delivered
 
-ROUTE: Final = "faults"
 MAX_ATTEMPTS: Final = 4
 """Of an upload with a key."""
 
@@ -80,9 +80,19 @@ class Deadlines:
         return max(self.reconnect_grace, self.confirm_timeout, 3 * self.heartbeat) + 1
 
 
-def configuration(queue: str, queue_type: str, deadlines: Deadlines) -> str:
-    """The daemon's, with one route to a queue of its own."""
-    arguments = '{ x-overflow = "reject-publish" }' if queue_type == "quorum" else "{}"
+def configuration(seed: int, queue_types: Sequence[str], deadlines: Deadlines) -> str:
+    """The daemon's, with a route to a queue of its own for each type, named like it."""
+    routes = []
+    for queue_type in queue_types:
+        arguments = '{ x-overflow = "reject-publish" }' if queue_type == "quorum" else "{}"
+        routes.append(f"""
+[routes.{queue_type}]
+routing_key = "{queue_name(seed, queue_type)}"
+[routes.{queue_type}.queue]
+name = "{queue_name(seed, queue_type)}"
+type = "{queue_type}"
+arguments = {arguments}
+""")
     return f"""
 [amqp]
 upload_window = "512 KiB"
@@ -91,13 +101,12 @@ heartbeat = "{deadlines.heartbeat} s"
 reconnect_grace = "{deadlines.reconnect_grace} s"
 blocked_grace = "{deadlines.blocked_grace} s"
 confirm_timeout = "{deadlines.confirm_timeout} s"
-[routes.{ROUTE}]
-routing_key = "{queue}"
-[routes.{ROUTE}.queue]
-name = "{queue}"
-type = "{queue_type}"
-arguments = {arguments}
-"""
+{"".join(routes)}"""
+
+
+def queue_name(seed: int, queue_type: str) -> str:
+    """The queue of a round."""
+    return f"faults.{queue_type}.{seed}"
 
 
 # --- faults -------------------------------------------------------------------------------------
@@ -212,23 +221,24 @@ async def kill_and_network(rig: Rig) -> str:
     return f"kill -9 and {fault.summary}"
 
 
-def by_proxy(fault: Fault) -> Injection:
-    """That fault of the network."""
+def by_proxy(fault: Fault, *, seconds: float | None = None) -> Injection:
+    """That fault of the network, for a random time unless ``seconds`` tells."""
 
     async def inject(rig: Rig) -> str:
         rig.proxy.arm(fault)
-        await _until_over(rig, fault)
+        await _until_over(rig, fault, seconds)
         return fault.summary
 
     return inject
 
 
-async def _until_over(rig: Rig, fault: Fault) -> None:
+async def _until_over(rig: Rig, fault: Fault, seconds: float | None = None) -> None:
     try:
         with trio.move_on_after(HIT_TIMEOUT):
             await rig.proxy.hit.wait()
         if fault.kind not in (Kind.CUT, Kind.RESET):
-            await trio.sleep(rig.chance.choice([0.5, 3, rig.deadlines.longest]))
+            random_time = rig.chance.choice([0.5, 3, rig.deadlines.longest])
+            await trio.sleep(random_time if seconds is None else seconds)
     finally:
         rig.proxy.heal()
 
@@ -309,7 +319,7 @@ async def run_round(
     injections: Sequence[Injection],
     *,
     seed: int,
-    queue_type: str = "quorum",
+    queue_types: Sequence[str] = ("quorum",),
     deadlines: Deadlines | None = None,
     clients: int = 16,
     gap: float = 2.0,
@@ -318,21 +328,20 @@ async def run_round(
     """Have ``injections`` done one after the other while clients upload, and judge.
 
     Args:
-        node: running; it is left running and healed, with one more queue.
+        node: running; it is left running and healed, with more queues.
         injections: at most these, in order.
         seed: of uploads and faults.
-        queue_type: ``quorum``, ``classic`` or ``stream``.
+        queue_types: of ``quorum``, ``classic`` and ``stream``; clients are spread over them.
         deadlines: the daemon's.
         clients: how many upload at once.
         gap: most seconds between two faults.
         until: by trio's clock, no further fault after that.
     """
     deadlines = deadlines or Deadlines()
-    queue = f"faults.{queue_type}.{seed}"
     outcome = Round(seed)
     async with _proxied(node) as proxy:
         with tempfile.TemporaryDirectory(prefix="relay-faults-") as directory:
-            config = configuration(queue, queue_type, deadlines)
+            config = configuration(seed, queue_types, deadlines)
             daemon = Daemon(proxy.url, config, directory=Path(directory))
             outcome.log = daemon.log
             rig = Rig(node, proxy, daemon, deadlines, Random(f"faults {seed}"))
@@ -340,17 +349,14 @@ async def run_round(
                 await in_thread(daemon.start)
                 client = Client(
                     daemon.address,
-                    route=ROUTE,
                     patience=deadlines.patience,
                     outages=rig.outages,
                 )
                 outcome.attempts = client.attempts
                 await _upload_under_faults(
-                    outcome, client, rig, injections, clients, gap, until, queue_type
+                    outcome, client, rig, injections, clients, gap, until, queue_types
                 )
-                await _settle(
-                    outcome, daemon, node, client, queue, is_stream=queue_type == "stream"
-                )
+                await _settle(outcome, daemon, node, client, queue_types)
             finally:
                 await in_thread(daemon.kill)
     return outcome
@@ -373,14 +379,15 @@ async def _upload_under_faults(
     clients: int,
     gap: float,
     until: float,
-    queue_type: str,
+    queue_types: Sequence[str],
 ) -> None:
     is_over = trio.Event()
     async with trio.open_nursery() as nursery:
         for number in range(clients):
-            nursery.start_soon(_keep_uploading, client, outcome.seed, number, is_over)
+            route = queue_types[number % len(queue_types)]
+            nursery.start_soon(_keep_uploading, client, route, outcome.seed, number, is_over)
         try:
-            if queue_type != "classic":
+            if set(queue_types) != {"classic"}:
                 await trio.sleep(QUEUE_SETTLES)
             for inject in injections:
                 await trio.sleep(rig.chance.uniform(0, gap))
@@ -399,20 +406,22 @@ def _clock(seconds: float) -> str:
     return time.strftime("%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds * 1000) % 1000:03}"
 
 
-async def _keep_uploading(client: Client, seed: int, number: int, is_over: trio.Event) -> None:
+async def _keep_uploading(
+    client: Client, route: str, seed: int, number: int, is_over: trio.Event
+) -> None:
     chance = Random(f"client {seed} {number}")
     turn = 0
     while not is_over.is_set():
         plan = make_plan(seed, number, turn)
         turn += 1
         for _ in range(MAX_ATTEMPTS if plan.key is not None else 1):
-            attempt = await client.upload(plan)
+            attempt = await client.upload(plan, route)
             if attempt.code in (COMMITTED, LEFT, HUNG):
                 break
             await trio.sleep(chance.uniform(0, 2))
         # Now and then one asks again, as if the answer had not reached it.
         if plan.key is not None and attempt.code == COMMITTED and chance.random() < 0.2:
-            await client.upload(plan)
+            await client.upload(plan, route)
         await trio.sleep(chance.uniform(0, 0.3))
 
 
@@ -421,24 +430,30 @@ async def _settle(
     daemon: Daemon,
     node: RabbitMQNode,
     client: Client,
-    queue: str,
-    *,
-    is_stream: bool,
+    queue_types: Sequence[str],
 ) -> None:
     """All is healed: what must hold now?"""
     # What the network still held back has arrived when nothing but the daemon is connected.
     await _become(outcome, daemon, "ready again", lambda: daemon.ready()[0] == 200)
     await _become(outcome, daemon, "the only one connected", lambda: _connections(node) == 1)
-    plan = Plan(f"{outcome.seed}-fence", (3 * (1 << 20),), False, None, 0, None, "fence")
-    fence = await client.upload(plan)
-    if fence.code != COMMITTED:
-        outcome.violations.append(f"the next upload does not work: {fence}")
-        return
+    fences = {}
+    for queue_type in queue_types:
+        name = f"{outcome.seed}-fence-{queue_type}"
+        fence = await client.upload(Plan(name, (3 * MIB,), False, None, 0, None, name), queue_type)
+        if fence.code != COMMITTED:
+            outcome.violations.append(f"the next upload does not work: {fence}")
+            return
+        fences[queue_type] = str(fence.transfer)
     for metric in ("relay_uploads", "relay_window_bytes", "relay_window_waiting"):
         await _become(outcome, daemon, f"{metric} 0", partial(_is_zero, daemon, metric))
-    read = partial(read_past, node.url, queue, str(fence.transfer), is_stream=is_stream)
+    messages: list[Delivered] = []
+    for queue_type, fence_id in fences.items():
+        queue, is_stream = queue_name(outcome.seed, queue_type), queue_type == "stream"
+        read = read_past(node.url, queue, fence_id, is_stream=is_stream)
+        messages += await in_thread(list, read)
     try:
-        found = await in_thread(lambda: find([message.decode() for message in list(read())]))
+        # A transfer is in one queue only, and a key belongs to a route.
+        found = await in_thread(lambda: find(message.decode() for message in messages))
     except WireError as exc:
         outcome.violations.append(f"UNREADABLE: the queue holds what no consumer takes: {exc}")
         return

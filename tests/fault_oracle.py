@@ -153,7 +153,6 @@ class Client:
         self,
         address: tuple[str, int],
         *,
-        route: str,
         patience: float,
         outages: Sequence[Outage] = (),
     ) -> None:
@@ -161,24 +160,22 @@ class Client:
 
         Args:
             address: the daemon's.
-            route: where to.
             patience: seconds without progress after which an upload counts as hung.
             outages: the daemon's, as they come.
         """
         self.attempts: list[Attempt] = []
         self._outages = outages
         self._address = address
-        self._route = route
         self._patience = patience
 
-    async def upload(self, plan: Plan) -> Attempt:
+    async def upload(self, plan: Plan, route: str) -> Attempt:
         """One attempt; noted, whatever becomes of it."""
-        attempt = await self._attempt(plan)
+        attempt = await self._attempt(plan, route)
         self.attempts.append(attempt)
         return attempt
 
-    async def _attempt(self, plan: Plan) -> Attempt:
-        exchange = _Exchange(plan, self._route)
+    async def _attempt(self, plan: Plan, route: str) -> Attempt:
+        exchange = _Exchange(plan, route)
         began = exchange.moved = trio.current_time()
         status: int | None = None
         code, answer = BROKEN, dict[str, Any]()

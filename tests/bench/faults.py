@@ -65,7 +65,7 @@ async def _round(
         node,
         chance.choices(injections, k=100),
         seed=seed,
-        queue_type=queue,
+        queue_types=[queue],
         deadlines=deadlines,
         until=trio.current_time() + ROUND,
     )

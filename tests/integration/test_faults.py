@@ -3,7 +3,7 @@
 The long version with random faults is `./dev bench faults`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -20,35 +20,31 @@ ONE_OF_EACH: Final = (
     faults.close_connections,
     faults.by_proxy(Fault(kind=Kind.RESET, after=100_000)),
     faults.by_proxy(Fault(kind=Kind.CUT, direction=Direction.TO_DAEMON, after=300, fresh=True)),
-    faults.by_proxy(Fault(kind=Kind.HOLD, after=200_001)),
+    faults.by_proxy(Fault(kind=Kind.HOLD, after=200_001), seconds=3),  # past confirm_timeout
     faults.suspend_briefly,
     faults.suspend_past_confirms,
     faults.alarm_briefly,
     faults.kill,
     faults.restart,
 )
-SOME: Final = (faults.by_proxy(Fault(kind=Kind.RESET, after=100_000)), faults.kill)
 SHORT: Final = faults.Deadlines(reconnect_grace=8, confirm_timeout=2, blocked_grace=2, heartbeat=1)
-
-
-async def check(node: RabbitMQNode, injections: Sequence[faults.Injection], queue: str) -> None:
-    """Whatever the answers are: they are true."""
-    outcome = await faults.run_round(
-        node, injections, seed=3, queue_type=queue, deadlines=SHORT, clients=8, gap=0.3
-    )
-    assert not outcome.violations, "\n".join([*outcome.violations, *outcome.log])
-    assert outcome.codes["committed"]
-    assert outcome.faults.total() == len(injections)
 
 
 async def test_every_201_is_found_once_and_nothing_else_after_one_of_each_fault(
     new_node: Callable[[], RabbitMQNode],
 ) -> None:
-    await check(await faults.in_thread(new_node), ONE_OF_EACH, "quorum")
-
-
-async def test_the_same_holds_for_a_classic_queue(new_node: Callable[[], RabbitMQNode]) -> None:
-    await check(await faults.in_thread(new_node), SOME, "classic")
+    outcome = await faults.run_round(
+        await faults.in_thread(new_node),
+        ONE_OF_EACH,
+        seed=3,
+        queue_types=("quorum", "classic"),
+        deadlines=SHORT,
+        clients=8,
+        gap=0.3,
+    )
+    assert not outcome.violations, "\n".join([*outcome.violations, *outcome.log])
+    assert outcome.codes["committed"]
+    assert outcome.faults.total() == len(ONE_OF_EACH)
 
 
 # --- the oracle itself --------------------------------------------------------------------------
