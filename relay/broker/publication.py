@@ -277,6 +277,8 @@ class Publication:
 
     def _publish_all(self) -> None:
         self._progress = trio.current_time()
+        if not self._again:  # this loss is over, and what comes later is another
+            self._lost_since = None
         self._again.sort(key=_seq)
         # Without a channel, it was lost at the very moment: the next recovery has begun.
         while self._again and self._channel is not None:

@@ -281,6 +281,31 @@ async def test_an_upload_with_nothing_outstanding_goes_on_where_it_was(
         assert await upload.outcome() is None
 
 
+@pytest.mark.parametrize("then", ["lost", "rejected"])
+async def test_a_loss_that_cost_an_upload_nothing_takes_nothing_of_its_next_grace(
+    then: str, autojump_clock: MockClock
+) -> None:
+    async with running(Network(), reconnect_grace=GRACE) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, pause_before=3)
+        await broker.confirm(*await broker.published(3))
+        await wait_all_tasks_blocked()
+        await broker.cut()
+        broker = await relay.broker()
+        await broker.accept_channel()
+        await trio.sleep(GRACE + 1)
+        if then == "lost":
+            await broker.cut()
+            broker = await relay.broker()
+            await broker.accept_channel()
+        upload.go_on()
+        if then == "rejected":
+            await broker.nack(*[message.tag for message in await broker.published()])
+        await broker.confirm(*await broker.published())
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+
+
 async def test_uploads_that_all_wait_for_a_full_window_recover(autojump_clock: MockClock) -> None:
     count = 4
     async with running(Network(), window=count * FRAME, upload_window=2 * FRAME) as relay:
