@@ -63,6 +63,11 @@ def _receive(arguments: argparse.Namespace) -> int:
             queue=arguments.queue,
             output=arguments.output,
             count=arguments.count,
+            prefetch=arguments.prefetch,
+            begin=arguments.begin,
+            dead_letter=arguments.dead_letter,
+            idle_exit=arguments.idle_exit,
+            wait=arguments.wait,
         )
     )
 
@@ -158,6 +163,39 @@ def _parser() -> argparse.ArgumentParser:
     receive.add_argument(
         "--count", metavar="N", type=_positive, help="stop after N transfers (default: never)"
     )
+    receive.add_argument(
+        "--idle-exit",
+        metavar="DURATION",
+        type=_duration,
+        help='stop when nothing came for so long, such as "30 s" (default: never)',
+    )
+    receive.add_argument(
+        "--dead-letter",
+        metavar="QUEUE",
+        help="put what is rejected into QUEUE, with the reason (default: reject it, so that it"
+        " goes where the queue's own dead-letter exchange sends it, without the reason)",
+    )
+    receive.add_argument(
+        "--from",
+        dest="begin",
+        metavar="WHERE",
+        type=_begin,
+        default="first",
+        help="where to begin in a stream that DIR has nothing of yet: first, next, or an offset"
+        " (default first)",
+    )
+    receive.add_argument(
+        "--prefetch",
+        metavar="N",
+        type=_prefetch,
+        default=128,
+        help="messages to hold unacked, 2 to 2000 (default 128); never more than 64 MiB of them",
+    )
+    receive.add_argument(
+        "--wait",
+        action="store_true",
+        help="if another receiver has DIR, wait until it ends (default: fail)",
+    )
     receive.set_defaults(run=_receive)
 
     _add_send(commands.add_parser("send", help="send files to the daemon until they are safe"))
@@ -242,4 +280,28 @@ def _address(value: str) -> str:
 def _positive(value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise argparse.ArgumentTypeError("must be a positive integer")
+    return int(value)
+
+
+def _duration(value: str) -> float:
+    try:
+        seconds = parse_duration(value)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(f"must be {exc}") from exc
+    if not seconds:
+        raise argparse.ArgumentTypeError("must be a duration above 0")
+    return seconds
+
+
+def _begin(value: str) -> str | int:
+    if value in ("first", "next"):
+        return value
+    if not value.isdecimal() or int(value) >= 2**63:
+        raise argparse.ArgumentTypeError("must be first, next, or an offset")
+    return int(value)
+
+
+def _prefetch(value: str) -> int:
+    if not value.isdecimal() or not 2 <= int(value) <= 2000:
+        raise argparse.ArgumentTypeError("must be an integer between 2 and 2000")
     return int(value)

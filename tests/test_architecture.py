@@ -35,8 +35,14 @@ TABLE = """
     allocator              |                         | all
                            |                         |
     receiver.consumer      | trio pika               | server transfer
+    receiver.intake        |                         | server broker transfer protocol
+    receiver.place         | trio                    | server broker transfer protocol
+    receiver.dead_letters  | trio pika               | server transfer
     receiver.link          | trio pika               | server transfer protocol
+    receiver.room          | trio                    | all
+    receiver.problems      |                         | all but receiver
     receiver.files         | google_crc32c           | server broker transfer
+    receiver.offsets       |                         | all
     receiver.keys          |                         | server broker transfer protocol
     receiver               |                         | server broker transfer
     receiver.sink          |                         | server broker transfer protocol.wire

@@ -151,6 +151,11 @@ class Receiver:
         """Number of deliveries fed that no ``settle`` has answered for, held ones included."""
         return len(self._tags) + len(self._reject)
 
+    @property
+    def open_transfers(self) -> int:
+        """Number of transfers in progress, those left out that were parked."""
+        return len(self._reassembler)
+
     def feed(
         self,
         tag: int,

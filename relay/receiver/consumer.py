@@ -8,7 +8,8 @@ back by itself. Which deliveries may be acked is ``Receiver``'s decision, where 
 
 import random
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT, SIGTERM
@@ -21,9 +22,14 @@ from relay.broker.connect import Connector, backoff
 from relay.broker.session import translate
 from relay.config import AmqpConfig, ConfigError, parse_amqp_url
 from relay.errors import BrokerUnavailable
-from relay.receiver import Receiver, Settlement
-from relay.receiver.files import FileSink, OutputInUse
-from relay.receiver.link import Delivery, Link
+from relay.receiver import Settlement, problems
+from relay.receiver.dead_letters import DeadLetters, DeadLettersLost, Letter, NoDeadLetterQueue
+from relay.receiver.files import STAGING, FileSink, OutputInUse
+from relay.receiver.intake import Intake
+from relay.receiver.link import HELD_MAX, Delivery, Link, OneChannel
+from relay.receiver.offsets import OffsetFile
+from relay.receiver.place import AnotherStream, Place
+from relay.receiver.room import NO_ROOM, wait_for_room
 
 PREFETCH: Final = 128
 """Unacked deliveries: 16 MiB of frames of the default size. Half of it is one batch on disk."""
@@ -39,6 +45,15 @@ IDLE: Final = 1.0
 
 OPEN_TIMEOUT: Final = 15.0
 """Seconds from a stream to the broker to the first delivery being possible."""
+
+CLAIM_INTERVAL: Final = 1.0
+"""Seconds between two attempts to claim a directory that another receiver has."""
+
+FILES_PER_FRAME: Final = 4
+"""What a frame that is a whole transfer makes: a directory, a part, a journal, a receipt."""
+
+DEFAULT_FRAME_SIZE: Final = 131064
+"""Bytes that frames have if nobody says otherwise."""
 
 _FATAL: Final = (
     pika.exceptions.ProbableAuthenticationError,
@@ -62,6 +77,10 @@ class Options:
         output: a directory, made if it is missing; one receiver at a time.
         count: transfers after which it is done; None for no end.
         prefetch: deliveries to hold unacked, 2 to PREFETCH_MAX.
+        begin: where in a stream to begin that was never received: ``first``, ``next``, an offset.
+        dead_letter: a queue for what is rejected, with the reason; None: the broker's own way.
+        idle_exit: seconds without a delivery after which it is done; None: it waits.
+        wait: for a directory that another receiver has.
         ca_file: as ``[amqp]`` has it, and so the next two.
         certificate_file: a client certificate.
         key_file: its key.
@@ -72,6 +91,10 @@ class Options:
     output: Path
     count: int | None = None
     prefetch: int = PREFETCH
+    begin: str | int = "first"
+    dead_letter: str | None = None
+    idle_exit: float | None = None
+    wait: bool = False
     ca_file: str = ""
     certificate_file: str = ""
     key_file: str = ""
@@ -81,7 +104,8 @@ def receive(options: Options) -> int:
     """Write the transfers that come from a queue into directories.
 
     One line on standard output for each, problems on standard error. Ends after ``count``
-    transfers, or on SIGINT or SIGTERM, whose handlers it takes over: call it from the main thread.
+    transfers, after silence, or on SIGINT or SIGTERM, whose handlers it takes over: call it from
+    the main thread.
 
     Returns:
         The exit code: 0 for success, also when a signal ended it; 1 if it failed, or was stopped
@@ -91,15 +115,13 @@ def receive(options: Options) -> int:
         ConfigError: the URL or a file for TLS cannot be used.
     """
     connector = _connector(options)
+    if options.dead_letter == options.queue:
+        raise ConfigError("--dead-letter: must be another queue than --queue")
+    intake = Intake(lambda: FileSink(options.output), count=options.count)
     try:
-        sink = FileSink(options.output)
-    except (OutputInUse, OSError) as exc:
-        _say(str(exc))
-        return 1
-    try:
-        return trio.run(_Consumer(connector, Receiver(sink), options).run)
+        return trio.run(_Consumer(connector, intake, options).run)
     finally:
-        sink.close()
+        intake.discard()
 
 
 def _connector(options: Options) -> Connector:
@@ -119,12 +141,21 @@ def _connector(options: Options) -> Connector:
 class _Consumer:
     """Connects, consumes, reconnects, until there is a reason to stop."""
 
-    def __init__(self, connector: Connector, receiver: Receiver, options: Options) -> None:
+    def __init__(self, connector: Connector, intake: Intake, options: Options) -> None:
+        (self._broker,) = connector.brokers
         self._connector = connector
-        self._receiver = receiver
-        self._queue = options.queue
-        self._count = options.count
+        self._intake = intake
+        self._options = options
         self._prefetch = min(max(options.prefetch, 2), PREFETCH_MAX)
+        self._place = Place(
+            OffsetFile(options.output / STAGING),
+            f"{self._broker.virtual_host}/{options.queue}",
+            options.begin,
+            _say,
+        )
+        self._largest = 0
+        self._full: OSError | None = None
+        self._futile = 0
         self._failed = False
         self._attempt = 0
 
@@ -135,12 +166,18 @@ class _Consumer:
                 nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
                 await self._keep_consuming()
                 nursery.cancel_scope.cancel()
-        unmet = self._count is not None and not self._is_complete()
+        unmet = self._options.count is not None and not self._intake.is_complete
         return 1 if self._failed or unmet else 0
 
     async def _keep_consuming(self) -> None:
         said = ""
-        while (reason := await self._consume_once()) is not None:
+        while await self._open_output():
+            reason = await self._consume_once()
+            if self._full is not None:
+                await self._wait_for_room(self._full)
+                continue
+            if reason is None:
+                return
             # Once per change: a broker that is away for a night is not worth a line a minute.
             if reason != said or self._attempt == 0:
                 _say(f"{reason}; trying again until it works")
@@ -149,70 +186,182 @@ class _Consumer:
             await trio.sleep(backoff(self._attempt, random.random()))  # noqa: S311
             self._attempt += 1
 
+    async def _open_output(self) -> bool:
+        """Claim the directory, when there is room in it. False if that cannot be."""
+        said = False
+        while True:
+            try:
+                await trio.to_thread.run_sync(self._intake.open)
+                return True
+            except OutputInUse as exc:
+                if not self._options.wait:
+                    self._fail(str(exc))
+                    return False
+                if not said:
+                    _say(f"{exc}; waiting until it ends")
+                    said = True
+                await trio.sleep(CLAIM_INTERVAL)
+            except OSError as exc:
+                if exc.errno not in NO_ROOM:
+                    self._fail(str(exc))
+                    return False
+                await self._wait_for_room(exc)
+
     async def _consume_once(self) -> str | None:
         """One connection. Returns why there must be another, None if there must not."""
-        (broker,) = self._connector.brokers
+        queue, dead_letter = self._options.queue, self._options.dead_letter
         try:
-            stream = await self._connector.open(broker)
-        except BrokerUnavailable as exc:
-            return str(exc)
-        link = Link(broker, stream, self._queue, self._prefetch)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(link.run)
+            offset = await self._place.load()
+        except (OSError, ValueError) as exc:
+            self._fail(f"{self._place.path}: {exc}")
+            return None
+        async with AsyncExitStack() as stack:
             try:
-                return await self._consume(link)
+                streams = [
+                    await stack.enter_async_context(await self._connector.open(self._broker))
+                    for _ in range(1 if dead_letter is None else 2)
+                ]
+            except BrokerUnavailable as exc:
+                return str(exc)
+            link = Link(
+                self._broker,
+                streams[0],
+                queue,
+                self._prefetch,
+                offset=offset,
+                acks_rejected=dead_letter is not None,
+            )
+            letters = None
+            if dead_letter is not None:
+                letters = DeadLetters(self._broker, streams[1], dead_letter, queue)
+            return await self._consume(link, letters)
+
+    async def _consume(self, link: Link, letters: DeadLetters | None) -> str | None:
+        async with trio.open_nursery() as nursery:
+            try:
+                if letters is not None:
+                    # Before anything is delivered: RabbitMQ 4 counts deliveries made in vain.
+                    nursery.start_soon(letters.run)
+                    if not await _opened(letters, lambda: letters.ready):
+                        return self._after(letters.error, opened=letters.ready)
+                    nursery.start_soon(_end_with, letters, link)
+                    nursery.start_soon(_end_with, link, letters)
+                nursery.start_soon(link.run)
+                if not await _opened(link, lambda: link.consuming):
+                    return self._after(link.error, opened=link.consuming)
+                if link.is_stream:
+                    await self._place.find(link, OPEN_TIMEOUT)
+                await self._take_in(link, letters)
+                return self._outcome(link, letters)
+            except AnotherStream as exc:
+                self._fail(str(exc))
+                return None
             finally:
+                self._largest = max(self._largest, link.largest)
                 with trio.CancelScope(shield=True):
                     await link.close()
+                    if letters is not None:
+                        await letters.close()
 
-    async def _consume(self, link: Link) -> str | None:
-        with trio.move_on_after(OPEN_TIMEOUT):
-            await link.wait_until(lambda: link.consuming)
-        if link.error is None and not link.consuming:
-            return "no answer from the broker"
+    async def _take_in(self, link: Link, letters: DeadLetters | None) -> None:
+        """Write what comes, and answer for it, until there is a reason to stop."""
         batch_size = self._prefetch // 2
+        quiet_since = trio.current_time()
         while link.error is None:
             with trio.move_on_after(IDLE):
                 await link.wait_until(lambda: bool(link.deliveries))
             with trio.move_on_after(LINGER):
                 await link.wait_until(lambda: len(link.deliveries) >= batch_size)
             batch = link.take(batch_size)
+            if batch:
+                quiet_since = trio.current_time()
+                self._place.see(batch[0])
             try:
-                settlement = await trio.to_thread.run_sync(self._work, batch)
-                _report(settlement)
+                work = await trio.to_thread.run_sync(self._intake.work, batch)
+                fed = batch[: work.fed]
+                _report(work.settlement)
+                if letters is not None and not await self._bury(letters, fed, work.settlement):
+                    return
+                if link.is_stream:
+                    await self._place.note(fed)
             except OSError as exc:
-                self._fail(f"{exc}; what was not saved stays in the queue")
-                return None
-            link.settle(settlement)
-            self._attempt = 0
-            if self._is_complete():
-                return None
-        return self._after(link.error, consuming=link.consuming)
+                self._stop_for(exc)
+                return
+            link.put_back(batch[work.fed :])
+            link.settle(fed, work.settlement)
+            self._attempt = self._futile = 0
+            if self._intake.is_complete or self._is_quiet(trio.current_time() - quiet_since):
+                return
 
-    def _work(self, batch: list[Delivery]) -> Settlement:
-        """In a worker thread: no more than one at a time."""
-        for delivery in batch:
-            if self._is_complete():
-                break
-            properties = delivery.properties
-            self._receiver.feed(
-                delivery.tag,
-                app_id=properties.app_id,
-                type=properties.type,
-                correlation_id=properties.correlation_id,
-                timestamp=properties.timestamp,
-                headers=properties.headers,
-                body=delivery.body,
+    async def _bury(
+        self, letters: DeadLetters, fed: list[Delivery], settlement: Settlement
+    ) -> bool:
+        """Put copies of what is rejected where people find them. False if that failed."""
+        rejected = [
+            Letter(delivery, settlement.reject[delivery.tag])
+            for delivery in fed
+            if delivery.tag in settlement.reject
+        ]
+        try:
+            await letters.publish_all(rejected, _say)
+        except DeadLettersLost:
+            return False
+        except NoDeadLetterQueue as exc:
+            self._fail(f"--dead-letter: {exc}; what was not saved stays in the queue")
+            return False
+        return True
+
+    def _stop_for(self, error: OSError) -> None:
+        if error.errno in NO_ROOM:
+            self._full = error
+        else:
+            self._fail(f"{error}; what was not saved stays in the queue")
+
+    async def _wait_for_room(self, error: OSError) -> None:
+        """Let go of everything, and hold no connection, until the disk has room again.
+
+        A connection without room would have the broker deliver in vain again and again, and
+        RabbitMQ 4 drops from a quorum queue what it has delivered 20 times.
+        """
+        self._full = None
+        await trio.to_thread.run_sync(self._intake.discard)
+        frames = 2 * (self._prefetch // 2)
+        size = min(frames * max(self._largest, DEFAULT_FRAME_SIZE), HELD_MAX)
+        _say(f"no room in {self._options.output}: {error.strerror}; waiting")
+        await wait_for_room(
+            self._options.output, size, frames * FILES_PER_FRAME, futile=self._futile
+        )
+        self._futile += 1
+        _say(f"there is room in {self._options.output} again; going on")
+
+    def _is_quiet(self, seconds: float) -> bool:
+        idle_exit = self._options.idle_exit
+        if idle_exit is None or seconds < idle_exit:
+            return False
+        if self._intake.open_transfers:
+            _say(
+                f"{self._intake.open_transfers} transfers are incomplete;"
+                " the next receiver with this directory goes on with them"
             )
-        return self._receiver.settle()
+        return True
 
-    def _is_complete(self) -> bool:
-        return self._count is not None and self._receiver.delivered >= self._count
+    def _outcome(self, link: Link, letters: DeadLetters | None) -> str | None:
+        """Why there must be another connection after this one; None if there must not."""
+        if self._failed or link.error is None:
+            return None
+        if letters is not None and letters.error is not None and not letters.dropped:
+            return self._after(letters.error, opened=False)
+        if link.is_paused:
+            # It took too long over frames this large: next time fewer are on their way.
+            self._prefetch = max(2, min(self._prefetch, HELD_MAX // link.largest))
+        return self._after(link.error, opened=True)
 
-    def _after(self, error: Exception, *, consuming: bool) -> str | None:
+    def _after(self, error: Exception | None, *, opened: bool) -> str | None:
         """What follows from the end of a connection: another attempt, or failure."""
+        if error is None:
+            return "no answer from the broker"
         reason = str(translate(error))
-        refused = isinstance(error, pika.exceptions.ChannelClosedByBroker) and not consuming
+        refused = isinstance(error, pika.exceptions.ChannelClosedByBroker) and not opened
         not_allowed = (
             isinstance(error, pika.exceptions.ConnectionClosedByBroker)
             and error.reply_code == _NOT_ALLOWED
@@ -227,6 +376,18 @@ class _Consumer:
         self._failed = True
 
 
+async def _opened(channel: OneChannel, ready: Callable[[], bool]) -> bool:
+    """Whether it becomes ready before its end, and in time."""
+    with trio.move_on_after(OPEN_TIMEOUT):
+        await channel.wait_until(ready)
+    return channel.error is None and ready()
+
+
+async def _end_with(first: OneChannel, second: OneChannel) -> None:
+    await first.wait_until(lambda: False)
+    second.drop("the other connection has ended")
+
+
 async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
     async for _ in signals:
         scope.cancel()
@@ -234,8 +395,8 @@ async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope
 
 
 def _report(settlement: Settlement) -> None:
-    for problem in settlement.problems:
-        _say(str(problem))
+    for line in problems.lines(settlement.problems):
+        _say(line)
     for delivered in settlement.delivered:
         totals = delivered.totals
         print(

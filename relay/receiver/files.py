@@ -5,6 +5,7 @@ A transfer is staged below ``DIR/.relay-staging`` and appears as ``DIR/<transfer
     .relay-staging/<transfer>/<part>-<name>   the parts, as they grow
     .relay-staging/<transfer>.journal         what was staged, and how much of it is safe
     .relay-staging/keys                       idempotency keys of what was delivered
+    .relay-staging/offset                     how far streams have been received
     <transfer>/<part>-<name>                  the result
     <transfer>/receipt.json                   what it consists of
 
@@ -36,7 +37,7 @@ import google_crc32c
 from relay.model import PartHead, Totals, Transfer
 from relay.protocol.framing import ALGORITHMS
 from relay.protocol.reassembly import PartEnded, Position, key_digest
-from relay.receiver import Earlier, KnownKey, Refused, Sink, keys
+from relay.receiver import Earlier, KnownKey, Refused, Sink, keys, offsets
 
 STAGING: Final = ".relay-staging"
 RECEIPT: Final = "receipt.json"
@@ -52,6 +53,9 @@ _READ_SIZE: Final = 1024 * 1024
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _REOPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+
+_NOT_STAGED: Final = frozenset({keys.NAME, keys.NEW_NAME, offsets.NAME, offsets.NEW_NAME})
+"""Files among what is staged that belong to no transfer."""
 
 # Not allowed in names by Windows, which may well share the directory; "/" by anybody.
 _RESERVED: Final = frozenset('<>:"|?*/\\')
@@ -249,7 +253,7 @@ class FileSink(Sink):
     def sweep(self, expire_after: float) -> list[str]:
         """Remove what earlier processes, or ``park``, left and nobody has asked for since."""
         touched: dict[str, float] = {}
-        for entry in set(os.listdir(self._staging)) - {keys.NAME, keys.NEW_NAME}:
+        for entry in set(os.listdir(self._staging)) - _NOT_STAGED:
             transfer_id = entry.removesuffix(".journal")
             if transfer_id not in self._open and transfer_id not in self._committed:
                 modified = os.stat(entry, dir_fd=self._staging, follow_symlinks=False).st_mtime
@@ -327,7 +331,9 @@ class _Staged:
         if self._file is not None:
             os.close(self._file)
             self._file = None
-        self._journal.close()
+        # On a full disk it may hold lines that cannot be written; nobody has relied upon them.
+        with suppress(OSError):
+            self._journal.close()
 
     def open_part(self, part: int, head: PartHead) -> None:
         name = part_filename(part, head)
