@@ -86,6 +86,7 @@ class Receiver:
         self, url: str, queue: str, output: Path, *options: str, under: Sequence[str] = ()
     ) -> None:
         """``under``: a command that runs the one that follows it."""
+        self._queue = queue
         self._streams = [open(output.with_suffix(s), "a+") for s in (".out", ".err")]  # noqa: SIM115
         command = [*under, sys.executable, "-m", "relay", "receive", "--amqp", url]
         self._process = subprocess.Popen(
@@ -105,6 +106,10 @@ class Receiver:
 
     def wait(self) -> int:
         return self._process.wait(PATIENCE)
+
+    def consumers(self, rabbitmq: RabbitMQNode) -> int:
+        """How many consumers its queue has."""
+        return rabbitmq.ctl("list_consumers", "queue_name").split().count(self._queue)
 
     def stop(self, number: int) -> int:
         self._process.send_signal(number)

@@ -53,7 +53,7 @@ FILES_PER_FRAME: Final = 4
 """What a frame that is a whole transfer makes: a directory, a part, a journal, a receipt."""
 
 DEFAULT_FRAME_SIZE: Final = 131064
-"""Bytes that frames have if nobody says otherwise."""
+"""Bytes that frames have if nobody says otherwise; until one was seen."""
 
 _FATAL: Final = (
     pika.exceptions.ProbableAuthenticationError,
@@ -326,7 +326,7 @@ class _Consumer:
         self._full = None
         await trio.to_thread.run_sync(self._intake.discard)
         frames = 2 * (self._prefetch // 2)
-        size = min(frames * max(self._largest, DEFAULT_FRAME_SIZE), HELD_MAX)
+        size = min(frames * (self._largest or DEFAULT_FRAME_SIZE), HELD_MAX)
         _say(f"no room in {self._options.output}: {error.strerror}; waiting")
         await wait_for_room(
             self._options.output, size, frames * FILES_PER_FRAME, futile=self._futile

@@ -74,6 +74,22 @@ async def opened(under_test: Line) -> AsyncGenerator[Line, None]:
             nursery.cancel_scope.cancel()
 
 
+async def test_a_paused_connection_reads_nothing_and_then_everything() -> None:
+    async with opened(line()) as it:
+        it.connection.pause_reading()
+        await it.broker.heartbeat()
+        # The read that had begun ends; another does not begin.
+        await wait_all_tasks_blocked()
+        received = it.connection.bytes_received
+        for _ in range(3):
+            await it.broker.heartbeat()
+        await wait_all_tasks_blocked()
+        assert it.connection.bytes_received == received
+        it.connection.resume_reading()
+        await wait_all_tasks_blocked()
+        assert it.connection.bytes_received == received + 3 * 8
+
+
 # --- what goes out -----------------------------------------------------------------------------
 
 
