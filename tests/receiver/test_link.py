@@ -10,6 +10,7 @@ from pika import frame as amqp
 from pika.spec import Basic, BasicProperties, Channel
 from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
+from relay.broker.adapter import READ_SIZE
 from relay.receiver import Settlement, link
 from relay.receiver.link import Delivery, Link
 from tests.scripted_broker import ScriptedBroker, patience
@@ -21,19 +22,23 @@ BODY = 100_000
 class Script(ScriptedBroker):
     """A broker with one queue."""
 
-    async def accept_consumer(self, prefetch: int) -> Basic.Consume:
+    consuming = 0
+    consumer_tag = ""
+
+    async def accept_consumer(self, prefetch: int) -> tuple[int, Basic.Consume]:
         """Answer what makes a consumer, up to its own request."""
         channel = await self.accept_open()
         _, qos = await self.expect(Basic.Qos)
         assert qos.prefetch_count == prefetch
         await self.send(Basic.QosOk(), channel=channel)
         _, consume = await self.expect(Basic.Consume)
-        return consume
+        return channel, consume
 
-    async def deliver(self, tag: int, size: int, channel: int = 1) -> None:
+    async def deliver(self, tag: int, size: int) -> None:
         """Send a message of so many bytes."""
+        channel = self.consuming
         frames: list[amqp.Frame] = [
-            amqp.Method(channel, Basic.Deliver("c", tag, False, "", "q")),
+            amqp.Method(channel, Basic.Deliver(self.consumer_tag, tag, False, "", "q")),
             amqp.Header(channel, size, BasicProperties(headers={"x-stream-offset": tag + 10})),
             amqp.Body(channel, bytes(size)),
         ]
@@ -49,22 +54,28 @@ async def consuming(*, stream: bool) -> AsyncGenerator[tuple[Link, Script], None
     with patience():
         async with trio.open_nursery() as nursery:
             nursery.start_soon(it.run)
-            await broker.handshake()
-            consume = await broker.accept_consumer(50)
-            assert consume.arguments == {"x-stream-offset": 7}
-            channel = 1
-            if not stream:
-                text = "PRECONDITION_FAILED - invalid arg 'x-stream-offset' for queue 'q'"
-                await broker.send(Channel.Close(406, text, 60, 20), channel=1)
-                await broker.expect(Channel.CloseOk)
-                consume = await broker.accept_consumer(50)
-                assert not consume.arguments
-                channel = 1 if (it._channel is None) else it._channel.channel_number
-            await broker.send(Basic.ConsumeOk("c"), channel=channel)
-            await it.wait_until(lambda: it.consuming)
-            assert it.is_stream == stream
-            yield it, broker
-            it.drop("the test is over")
+            try:
+                await broker.handshake()
+                await _accept(broker, stream=stream)
+                await it.wait_until(lambda: it.consuming)
+                assert it.is_stream == stream
+                yield it, broker
+            finally:
+                # It is shielded: nothing else ends it.
+                it.drop("the test is over")
+
+
+async def _accept(broker: Script, *, stream: bool) -> None:
+    channel, consume = await broker.accept_consumer(50)
+    assert consume.arguments == {"x-stream-offset": 7}
+    if not stream:
+        text = "PRECONDITION_FAILED - invalid arg 'x-stream-offset' for queue 'q'"
+        await broker.send(Channel.Close(406, text, 60, 20), channel=channel)
+        await broker.expect(Channel.CloseOk)
+        channel, consume = await broker.accept_consumer(50)
+        assert not consume.arguments
+    broker.consuming, broker.consumer_tag = channel, consume.consumer_tag
+    await broker.send(Basic.ConsumeOk(consume.consumer_tag), channel=channel)
 
 
 def answer(deliveries: list[Delivery], *, reject: tuple[int, ...] = ()) -> Settlement:
@@ -80,19 +91,13 @@ async def test_it_reads_no_more_than_it_may_hold(monkeypatch: pytest.MonkeyPatch
         for _ in range(30):
             await wait_all_tasks_blocked()
             held = sum(len(delivery.body) for delivery in it.deliveries)
-            assert held <= CEILING + BODY + link_read_ahead()
+            assert held <= CEILING + BODY + READ_SIZE
             batch = it.take(50)
             assert sum(len(delivery.body) for delivery in batch) <= CEILING // 2
             it.settle(batch, answer(batch))
             if batch and batch[-1].tag == 100:
                 return
     pytest.fail("not all was delivered")
-
-
-def link_read_ahead() -> int:
-    from relay.broker.adapter import READ_SIZE
-
-    return READ_SIZE
 
 
 async def test_a_single_message_larger_than_all_it_may_hold_is_taken(
@@ -138,10 +143,8 @@ async def test_of_a_stream_each_delivery_has_its_offset_and_none_is_rejected() -
 
 async def test_of_another_queue_the_header_says_nothing_and_rejects_are_rejects() -> None:
     async with consuming(stream=False) as (it, broker):
-        assert it._channel is not None
-        channel = it._channel.channel_number
         for tag in (1, 2):
-            await broker.deliver(tag, 10, channel)
+            await broker.deliver(tag, 10)
         await wait_all_tasks_blocked()
         batch = it.take(2)
         assert [delivery.offset for delivery in batch] == [None, None]
