@@ -166,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     receive.add_argument(
         "--idle-exit",
         metavar="DURATION",
-        type=_duration,
+        type=_positive_duration,
         help='stop when nothing came for so long, such as "30 s" (default: never)',
     )
     receive.add_argument(
@@ -283,12 +283,8 @@ def _positive(value: str) -> int:
     return int(value)
 
 
-def _duration(value: str) -> float:
-    try:
-        seconds = parse_duration(value)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(f"must be {exc}") from exc
-    if not seconds:
+def _positive_duration(value: str) -> float:
+    if not (seconds := _duration(value)):
         raise argparse.ArgumentTypeError("must be a duration above 0")
     return seconds
 
