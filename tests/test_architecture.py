@@ -41,9 +41,16 @@ TABLE = """
     receiver.link          | trio pika               | server transfer protocol
     receiver.room          | trio                    | all
     receiver.problems      |                         | all but receiver
-    receiver.files         | google_crc32c           | server broker transfer
+    receiver.files         |                         | server broker transfer
+    receiver.places        |                         | server broker transfer protocol
+    receiver.quarantine    |                         | server broker transfer protocol
+    receiver.pending       |                         | server broker transfer protocol
+    receiver.ledger        |                         | server broker transfer protocol
+    receiver.staging       | google_crc32c           | server broker transfer
+    receiver.receipts      |                         | server broker transfer protocol
+    receiver.names         |                         | server broker transfer protocol
     receiver.offsets       |                         | all
-    receiver.keys          |                         | server broker transfer protocol
+    receiver.disk          |                         | all
     receiver               |                         | server broker transfer
     receiver.sink          |                         | server broker transfer protocol.wire
     receiver.settlement    |                         | all but model

@@ -89,9 +89,6 @@ _HOLD: Final = 1200.0
 """Seconds of silence after which a transfer whose deliveries are held is dropped, at the latest: a
 broker closes the channel of who holds one for 1,800 (RabbitMQ's ``consumer_timeout``)."""
 
-_SWEEP_INTERVAL: Final = 60.0
-"""Seconds between two looks at what the sink holds of transfers that are not open."""
-
 
 class Receiver:
     """Messages of one queue, in the order of their delivery, into a sink.
@@ -128,7 +125,6 @@ class Receiver:
         self._resumes = type(sink).save is not Sink.save
         self._max_held = max_held
         self._expire_after = expire_after if self._resumes else min(expire_after, _HOLD)
-        self._next_sweep = clock()
         self._reassembler = Reassembler(
             digests=() if sink.rereads else tuple(ALGORITHMS),
             max_open=max_open,
@@ -222,9 +218,7 @@ class Receiver:
             self._sink.save(transfer_id, position)
         self._sink.flush()
         self._apply(self._reassembler.expire(now))
-        if now >= self._next_sweep:
-            self._next_sweep = now + _SWEEP_INTERVAL
-            self._problems += map(_expired, self._sink.sweep(self._expire_after))
+        self._problems += map(_expired, self._sink.sweep(self._expire_after))
         held = self._hold()
         done = [(tag, of) for tag, of in self._tags if of not in held]
         settlement = Settlement(
@@ -324,7 +318,9 @@ class Receiver:
                     f"dropped: {event.of}, with the same Idempotency-Key, was delivered before",
                     event.transfer.id,
                 )
-            case TransferStarted() | Dropped():
+            case TransferStarted():
+                sink.begin(event.transfer)
+            case Dropped():
                 pass
             case Aborted():
                 sink.abort(event.transfer_id)

@@ -1,114 +1,98 @@
-"""Transfers as directories of files, complete or not there at all, whatever crashes.
+"""Transfers as files, complete or not there at all, whatever crashes.
 
-A transfer is staged below ``DIR/.relay-staging`` and appears as ``DIR/<transfer>/`` by one rename:
+Below the output directory, besides what ``places`` puts there:
 
-    .relay-staging/<transfer>/<part>-<name>   the parts, as they grow
-    .relay-staging/<transfer>.journal         what was staged, and how much of it is safe
-    .relay-staging/keys                       idempotency keys of what was delivered
-    .relay-staging/offset                     how far streams have been received
-    <transfer>/<part>-<name>                  the result
-    <transfer>/receipt.json                   what it consists of
+    .relay-staging/<transfer>/, <transfer>.journal     see ``staging``
+    .relay-staging/ledger                              see ``ledger``
+    .relay-staging/pending/                            see ``pending``
+    .relay-quarantine/                                 see ``quarantine``
 
-The journal is one JSON object per line: a part's beginning, a part's end, or a position. A position
-is written, and synced, only after the bytes before it are; what follows the last position is what a
-crash left, is dropped when the transfer is recalled, and comes again from the broker.
+What happens in which order, and what it costs: *n* transfers in a batch, of which *m* are complete.
 
-Names that clients send are never paths: only a cleaned last component becomes part of a file's
-name. Everything is opened relative to directories that are open already, files are created
-exclusively, links are not followed, and nothing that exists is overwritten.
+1. Parts that end are synced, one fdatasync each.
+2. Of each transfer that goes on, the part in progress is synced, and its directory if files were
+   created (``save``). Each that is complete gets its receipt: two syncs.
+3. ``flush`` syncs the staging directory, if transfers began: from here on their names are safe.
+4. Each transfer that goes on gets its position into its journal: one fdatasync each.
+5. The ledger gets a record of each that is complete: one fdatasync for all *m*. **This is the
+   commit.** What is staged and not in the ledger is gone on with where its journal ends; what is
+   staged and in the ledger is delivered by whoever opens the directory next.
+6. What waits for a command is noted: a fdatasync each and one fsync.
+7. The files are moved, each directory that got a name is synced once, then, if there are any,
+   receipts and their directory likewise. Only after that may the deliveries be acked: not because
+   anything could be lost (step 5 is enough for that), but because otherwise a power failure could
+   undo a rename whose result somebody had taken already, and it would be delivered twice.
+8. Journals, and what else is left, are removed, without a sync: what a power failure brings back
+   has no receipt, so that it is removed again.
+
+A small transfer that comes in one batch costs three syncs of its own, and its share of three.
 """
 
 import fcntl
-import json
 import os
 import re
-import shutil
-import stat
 import time
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import astuple
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Final
-
-import google_crc32c
+from threading import Lock
+from typing import ClassVar, Final
 
 from relay.model import PartHead, Totals, Transfer
-from relay.protocol.framing import ALGORITHMS
 from relay.protocol.reassembly import PartEnded, Position, key_digest
-from relay.receiver import Earlier, KnownKey, Refused, Sink, keys, offsets
+from relay.receiver import Earlier, KnownKey, Refused, Sink, disk, staging
+from relay.receiver.ledger import Ledger, Record
+from relay.receiver.names import DEFAULT_TEMPLATE, RECEIPT, Template
+from relay.receiver.pending import Pending, PendingNotes
+from relay.receiver.places import REPLACED, Directories, Files, Place, Places, StandardOutput
+from relay.receiver.quarantine import KEEP, Quarantine
+from relay.receiver.receipts import check
+from relay.receiver.staging import Staged
 
 STAGING: Final = ".relay-staging"
-RECEIPT: Final = "receipt.json"
 
-NAME_MAX: Final = 255
-"""Bytes of a file name on Linux (NAME_MAX, limits.h)."""
+MAX_STAGED: Final = 10_000
+"""Transfers on disk that are not complete, unless told otherwise."""
 
-_SUFFIX_MAX: Final = 32
-"""Bytes of a suffix, such as ``.tar.gz``, that a name too long keeps."""
-
-_READ_SIZE: Final = 1024 * 1024
-
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_REOPEN: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-
-_NOT_STAGED: Final = frozenset({keys.NAME, keys.NEW_NAME, offsets.NAME, offsets.NEW_NAME})
-"""Files among what is staged that belong to no transfer."""
-
-# Not allowed in names by Windows, which may well share the directory; "/" by anybody.
-_RESERVED: Final = frozenset('<>:"|?*/\\')
+_STAGED: Final = re.compile(r"([0-9a-f-]{36})(\.journal)?")
 
 
 class OutputInUse(Exception):
     """Another receiver writes to the same directory."""
 
 
-def part_filename(part: int, head: PartHead) -> str:
-    """A name for a part's file: its number, then what is harmless of what the client called it.
-
-    Never empty, never hidden, without separators, controls or text-direction overrides, at most
-    NAME_MAX bytes of UTF-8; unique within the transfer because it begins with the number.
-    """
-    prefix = f"{part}-"
-    for given in (head.filename, head.name):
-        components = [c for c in re.split(r"[/\\]", given or "") if c.strip(". ")]
-        if components:
-            name = "".join(map(_harmless, components[-1])).strip(". ")
-            return prefix + _shorten(name, NAME_MAX - len(prefix))
-    return prefix + "body"
-
-
-def _harmless(character: str) -> str:
-    # Cc, Cf, Cs, Co, Cn (controls, overrides, surrogates, unassigned); Zl, Zp (line separators).
-    category = unicodedata.category(character)
-    bad = category[0] == "C" or category in ("Zl", "Zp") or character in _RESERVED
-    return "_" if bad else character
-
-
-def _shorten(name: str, limit: int) -> str:
-    """Cut to ``limit`` bytes of UTF-8, between code points, keeping a short suffix."""
-    encoded = name.encode()
-    if len(encoded) <= limit:
-        return name
-    suffix = "".join(Path(name).suffixes[-2:]).encode()
-    if len(suffix) > _SUFFIX_MAX:
-        suffix = b""
-    stem = encoded[: limit - len(suffix)].decode(errors="ignore")
-    return stem.rstrip(". ") + suffix.decode()
-
-
 class FileSink(Sink):
-    """Writes each transfer into a directory of its own; close it when done.
+    """Writes transfers into files below a directory; close it when done.
 
-    Holds two open files per open transfer.
+    Holds two open files per open transfer, and a few numbers for each that is staged. The methods
+    of ``Sink`` are called by one thread at a time; ``pending``, ``note_try``, ``done`` and
+    ``give_up`` by any, also meanwhile.
     """
 
     rereads: ClassVar[bool] = True
 
-    def __init__(self, output: Path) -> None:
-        """Makes ``output`` if it is missing, and claims it for this process.
+    def __init__(
+        self,
+        output: Path,
+        *,
+        template: Template | None = None,
+        overwrite: bool = False,
+        stdout: int | None = None,
+        pending: bool = False,
+        quarantine_keep: float = KEEP,
+        max_staged: int = MAX_STAGED,
+    ) -> None:
+        """Makes ``output`` if it is missing, claims it for this process, finishes what is due.
+
+        Args:
+            output: the directory.
+            template: of the files' paths; None for DEFAULT_TEMPLATE.
+            overwrite: replace what exists, instead of choosing another name.
+            stdout: a descriptor that gets the parts' bytes, instead of files.
+            pending: note delivered transfers until ``done`` or ``give_up``.
+            quarantine_keep: seconds for which to keep what failed; 0 keeps nothing.
+            max_staged: incomplete transfers on disk; one more drops the most silent one.
 
         Raises:
             OutputInUse: another receiver has claimed it.
@@ -116,46 +100,61 @@ class FileSink(Sink):
         """
         output.mkdir(parents=True, exist_ok=True)
         self._output = output
-        self._open: dict[str, _Staged] = {}
-        # Since the last flush; with the digest of its key, if it has one.
-        self._committed: dict[str, str | None] = {}
-        self._repeated: dict[str, str | None] = {}
-        self._root = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            with suppress(FileExistsError):
-                os.mkdir(STAGING, 0o700, dir_fd=self._root)
-            self._staging = os.open(STAGING, _DIRECTORY, dir_fd=self._root)
-        except OSError:
-            os.close(self._root)
-            raise
-        try:
-            # Kept for as long as the directory is open, so a killed process leaves no claim.
-            fcntl.flock(self._staging, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._close_directories()
-            raise OutputInUse(f"another receiver writes to {output}") from None
-        self._keys = keys.KeyFile(self._staging)
-        try:
-            self._remove_repeated()
-        except OSError:
-            self._close_directories()
-            raise
+        self._max_staged = max_staged
+        self._open: dict[str, Staged] = {}
+        # Those that are staged and not open, and when they were last heard of, oldest first.
+        self._parked: OrderedDict[str, float] = OrderedDict()
+        self._dropped: list[str] = []
+        # Since the last flush: transfers that are new, that go on, and that are complete.
+        self._began = False
+        self._saving: dict[str, Position] = {}
+        self._committed: dict[str, tuple[Record, Place]] = {}
+        self._repeated: dict[str, Record] = {}
+        # Those in the ledger that have yet to be moved.
+        self._unfinished: dict[str, Place] = {}
+        self._quarantine_lock = Lock()
+        with ExitStack() as stack:
+            self._root = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, self._root)
+            disk.make_directory(STAGING, self._root, 0o700)
+            self._staging = os.open(STAGING, disk.DIRECTORY, dir_fd=self._root)
+            stack.callback(os.close, self._staging)
+            self._claim()
+            self._ledger = Ledger(self._staging)
+            stack.callback(self._ledger.close)
+            self._quarantine = Quarantine(self._root, keep=quarantine_keep)
+            self._pending = PendingNotes(self._staging, output) if pending else None
+            if self._pending is not None:
+                stack.callback(self._pending.close)
+            self._places = self._make_places(
+                template or Template(DEFAULT_TEMPLATE), overwrite, stdout
+            )
+            self._recover()
+            self._resources = stack.pop_all()
 
     def close(self) -> None:
         """Let go of everything; what is staged stays, for ``recall``."""
         for staged in self._open.values():
             staged.close()
         self._open.clear()
-        self._close_directories()
+        self._resources.close()
+
+    # --- a transfer's way --------------------------------------------------------------------
+
+    def begin(self, transfer: Transfer) -> None:
+        """Create the transfer's directory and journal, if need be in place of the most silent."""
+        while self._parked and len(self._open) + len(self._parked) >= self._max_staged:
+            silent, _ = self._parked.popitem(last=False)
+            staging.remove(silent, self._staging)
+            self._dropped.append(silent)
+        self._open[transfer.id] = Staged.create(transfer, self._staging)
+        self._began = True
 
     def open_part(self, transfer_id: str, part: int, head: PartHead) -> None:
-        """Create the part's file, and before its first part the transfer's directory."""
-        staged = self._open.get(transfer_id)
-        if staged is None:
-            if _exists(transfer_id, self._root):
-                raise Refused(f"{self._output / transfer_id} exists already")
-            staged = self._open[transfer_id] = _Staged.create(transfer_id, self._staging)
-        staged.open_part(part, head)
+        """Create the part's file."""
+        staged = self._open[transfer_id]
+        names = self._places.staged_names(staged.transfer, part, head)
+        staged.open_part(part, head, names)
 
     def write(self, transfer_id: str, body: bytes) -> None:
         """Write to the part's file; it is not synced yet."""
@@ -165,58 +164,67 @@ class FileSink(Sink):
         """Sync the part's file, and read it again if digests have to be verified."""
         self._open[ended.transfer_id].end_part(ended)
 
+    def save(self, transfer_id: str, position: Position) -> None:
+        """Sync the part in progress; the position is noted by ``flush``."""
+        staged = self._open[transfer_id]
+        if position != staged.saved:
+            staged.sync()
+            self._saving[transfer_id] = position
+
     def commit(self, transfer: Transfer, totals: Totals) -> str:
-        """Write the receipt and rename the directory to its final place."""
-        where = self._output / transfer.id
+        """Choose the transfer's place and stage its receipt; ``flush`` moves it there."""
         staged = self._open[transfer.id]
-        staged.write_receipt(transfer, totals)
-        # A rename onto an empty directory would succeed.
-        if _exists(transfer.id, self._root):
-            raise Refused(f"{where} exists already")
-        os.rename(transfer.id, transfer.id, src_dir_fd=self._staging, dst_dir_fd=self._root)
-        del self._open[transfer.id]
-        staged.close()
-        self._committed[transfer.id] = key_digest(transfer)
-        return str(where)
+        place = self._places.choose(transfer)
+        staged.write_receipt(transfer, totals, lambda part: self._places.locate(transfer, part))
+        self._let_go(transfer.id)
+        self._committed[transfer.id] = Record(transfer.id, key_digest(transfer)), place
+        return str(self._where(place))
 
     def repeated(self, transfer: Transfer) -> None:
         """Remove what is staged of it, once the transfer that it repeats is safe."""
-        self._repeated[transfer.id] = key_digest(transfer)
+        self._let_go(transfer.id)
+        self._repeated[transfer.id] = Record(transfer.id, key_digest(transfer), repeated=True)
 
-    def known_keys(self) -> Sequence[KnownKey]:
-        """Keys that earlier processes have noted."""
-        return self._keys.load()
+    def flush(self) -> None:
+        """Note how far transfers have come; deliver those that are complete."""
+        self._sync_staging()
+        for transfer_id, position in self._saving.items():
+            if transfer_id in self._open:
+                self._open[transfer_id].save(position)
+        self._saving.clear()
+        with self._quarantine_lock:
+            self._quarantine.sync()
+        self._ledger.append([*(r for r, _ in self._committed.values()), *self._repeated.values()])
+        self._unfinished |= {of: place for of, (_, place) in self._committed.items()}
+        self._committed.clear()
+        for transfer_id in self._repeated:
+            staging.remove(transfer_id, self._staging)
+        self._repeated.clear()
+        self._finish()
 
     def abort(self, transfer_id: str) -> None:
         """Remove what is staged of the transfer."""
-        staged = self._open.pop(transfer_id, None)
-        if staged is not None:
-            staged.close()
-        self._remove(transfer_id)
+        self._let_go(transfer_id)
+        self._parked.pop(transfer_id, None)
+        staging.remove(transfer_id, self._staging)
 
-    def save(self, transfer_id: str, position: Position) -> None:
-        """Sync the part in progress, then note in the journal how far it goes."""
-        self._open[transfer_id].save(position)
+    def fail(self, transfer_id: str, reason: str) -> None:
+        """Move what is staged of the transfer to the quarantine."""
+        self._let_go(transfer_id)
+        self._parked.pop(transfer_id, None)
+        if self._quarantine.keeps and disk.exists(transfer_id, self._staging):
+            self._put_aside(transfer_id, reason)
+        staging.remove(transfer_id, self._staging)
 
-    def flush(self) -> None:
-        """Sync the renames; only then are the journals of what was renamed of no use.
+    # --- what other processes, or ``park``, left ---------------------------------------------
 
-        And only then are keys noted: a key in the file is a promise that its transfer is safe.
-        """
-        if not self._committed and not self._repeated:
-            return
-        os.fsync(self._root)
-        os.fsync(self._staging)
-        self._keys.append(
-            [KnownKey(key, of) for of, key in self._committed.items() if key is not None]
-            + [KnownKey(key, of, True) for of, key in self._repeated.items() if key is not None]
-        )
-        for transfer_id in self._committed:
-            self._remove_journal(transfer_id)
-        for transfer_id in self._repeated:
-            self.abort(transfer_id)
-        self._committed.clear()
-        self._repeated.clear()
+    def known_keys(self) -> Sequence[KnownKey]:
+        """Keys that earlier processes have noted."""
+        return [
+            KnownKey(record.key, record.transfer_id, record.repeated)
+            for record in self._ledger
+            if record.key is not None
+        ]
 
     def recall(self, transfer_id: str) -> Position | Earlier | None:
         """Open again what a crash, or ``park``, left of the transfer.
@@ -224,296 +232,179 @@ class FileSink(Sink):
         Raises:
             Refused: bytes that had been saved are no longer there.
         """
-        if _exists(f"{transfer_id}/{RECEIPT}", self._root):
-            # The crash may have come between the rename and its sync.
-            key = self._committed[transfer_id] = self._delivered_key(transfer_id)
-            return Earlier(str(self._output / transfer_id), key)
-        if not _exists(_journal_name(transfer_id), self._staging):
-            self._remove(transfer_id)
+        # If it is open, that is what a receiver left that was discarded.
+        self._let_go(transfer_id)
+        self._committed.pop(transfer_id, None)
+        self._repeated.pop(transfer_id, None)
+        record = self._ledger.get(transfer_id)
+        if record is not None and not record.repeated:
+            return Earlier("delivered before", record.key)
+        self._parked.pop(transfer_id, None)
+        staged = Staged.reopen(transfer_id, self._staging)
+        if staged is None:
+            staging.remove(transfer_id, self._staging)
             return None
-        staged = _Staged.reopen(transfer_id, self._staging)
-        try:
-            position = staged.resume()
-        except Refused:
-            staged.close()
-            raise
+        self._open[transfer_id] = staged
+        position = staged.resume()
         if position is None:
-            staged.close()
-            self._remove(transfer_id)
-        else:
-            self._open[transfer_id] = staged
+            self.abort(transfer_id)
         return position
 
     def park(self, transfer_id: str, position: Position) -> None:
-        """Save the transfer and close its files."""
-        staged = self._open.pop(transfer_id)
-        staged.save(position)
-        staged.close()
+        """Close the transfer's files; it was saved when it was last heard of, as a rule."""
+        staged = self._open[transfer_id]
+        if position != staged.saved:
+            staged.sync()
+            self._sync_staging()
+            staged.save(position)
+        self._let_go(transfer_id)
+        self._parked[transfer_id] = staged.touched
 
     def sweep(self, expire_after: float) -> list[str]:
-        """Remove what earlier processes, or ``park``, left and nobody has asked for since."""
-        touched: dict[str, float] = {}
-        for entry in set(os.listdir(self._staging)) - _NOT_STAGED:
-            transfer_id = entry.removesuffix(".journal")
-            if transfer_id not in self._open and transfer_id not in self._committed:
-                modified = os.stat(entry, dir_fd=self._staging, follow_symlinks=False).st_mtime
-                touched[transfer_id] = max(modified, touched.get(transfer_id, 0.0))
+        """Remove what nobody has asked for for too long; tells also what ``begin`` dropped."""
         limit = time.time() - expire_after
-        expired = [transfer_id for transfer_id, when in touched.items() if when <= limit]
-        for transfer_id in expired:
-            self._remove(transfer_id)
-        return [i for i in expired if not _exists(f"{i}/{RECEIPT}", self._root)]
+        while self._parked and next(iter(self._parked.values())) <= limit:
+            transfer_id, _ = self._parked.popitem(last=False)
+            staging.remove(transfer_id, self._staging)
+            self._dropped.append(transfer_id)
+        with self._quarantine_lock:
+            self._quarantine.sweep()
+        dropped, self._dropped = self._dropped, []
+        return dropped
 
-    def _remove_repeated(self) -> None:
-        """Remove what a crash left of transfers that were about to be dropped."""
-        staged = {entry.removesuffix(".journal") for entry in os.listdir(self._staging)}
-        for known in self._keys.load():
-            if known.repeated and known.transfer_id in staged:
-                self._remove(known.transfer_id)
+    # --- what is to be done with delivered transfers -----------------------------------------
 
-    def _delivered_key(self, transfer_id: str) -> str | None:
-        """The digest of a delivered transfer's key, from its receipt; None if it has none."""
-        path = f"{transfer_id}/{RECEIPT}"
-        try:
-            receipt = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._root)
-            with os.fdopen(receipt, encoding="utf-8") as file:
-                # Its parts may be very many; they begin with the second line.
-                head = json.loads(file.readline(_READ_SIZE) + "]}")
-            route, client, key = head["route"], head["client"], head["idempotency_key"]
-        except (OSError, ValueError, LookupError, TypeError):
-            # Whoever it was delivered to may do with it as they like.
-            return None
-        return key_digest(
-            Transfer(id=transfer_id, began=0, route=route, client=client, idempotency_key=key)
-        )
+    def pending(self) -> list[Pending]:
+        """Delivered transfers that are neither done nor given up, oldest first. Any thread."""
+        return [] if self._pending is None else self._pending.list()
 
-    def _remove(self, transfer_id: str) -> None:
-        # The journal first: staged bytes without a journal are a fresh start, a journal
-        # without its bytes is a loss.
-        self._remove_journal(transfer_id)
-        with suppress(FileNotFoundError):
-            shutil.rmtree(transfer_id, dir_fd=self._staging)
-
-    def _remove_journal(self, transfer_id: str) -> None:
-        with suppress(FileNotFoundError):
-            os.unlink(_journal_name(transfer_id), dir_fd=self._staging)
-
-    def _close_directories(self) -> None:
-        os.close(self._staging)
-        os.close(self._root)
-
-
-class _Staged:
-    """What is staged of one transfer: its journal, and the file of the part in progress."""
-
-    def __init__(self, transfer_id: str, staging: int, journal: int) -> None:
-        """``staging`` is the directory of all staging, ``journal`` a file to be owned."""
-        self._id = transfer_id
-        self._staging = staging
-        self._journal: BinaryIO = os.fdopen(journal, "r+b")
-        self._saved: Position | None = None
-        # Whether files were created since the directory was last synced.
-        self._created = False
-        self._file: int | None = None
-
-    @classmethod
-    def create(cls, transfer_id: str, staging: int) -> "_Staged":
-        os.mkdir(transfer_id, dir_fd=staging)
-        journal = os.open(_journal_name(transfer_id), _CREATE, 0o600, dir_fd=staging)
-        return cls(transfer_id, staging, journal)
-
-    @classmethod
-    def reopen(cls, transfer_id: str, staging: int) -> "_Staged":
-        journal = os.open(_journal_name(transfer_id), _REOPEN, dir_fd=staging)
-        return cls(transfer_id, staging, journal)
-
-    def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-        # On a full disk it may hold lines that cannot be written; nobody has relied upon them.
-        with suppress(OSError):
-            self._journal.close()
-
-    def open_part(self, part: int, head: PartHead) -> None:
-        name = part_filename(part, head)
-        with self._directory() as directory:
-            self._file = os.open(name, _CREATE, 0o666, dir_fd=directory)
-        self._created = True
-        self._note(
-            part=part,
-            file=name,
-            name=head.name,
-            filename=head.filename,
-            content_type=head.content_type,
-        )
-
-    def write(self, body: bytes) -> None:
-        file = self._part_file()
-        rest = memoryview(body)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-
-    def end_part(self, ended: PartEnded) -> None:
-        file = self._part_file()
-        _verify(file, ended.part, ended.unchecked)
-        os.fdatasync(file)
-        os.close(file)
-        self._file = None
-        tail = ended.tail
-        self._note(end=ended.part, bytes=tail.size, frames=ended.frames, digest=dict(tail.digest))
-
-    def save(self, position: Position) -> None:
-        if position == self._saved:
-            return
-        if self._file is not None:
-            os.fdatasync(self._file)
-        if self._created:
-            with self._directory() as directory:
-                os.fsync(directory)
-            os.fsync(self._staging)
-            self._created = False
-        self._note(at=astuple(position))
-        self._journal.flush()
-        os.fdatasync(self._journal.fileno())
-        self._saved = position
-
-    def resume(self) -> Position | None:
-        """Cut everything back to the last position that was saved; None if none was.
+    def note_try(self, transfer_id: str) -> None:
+        """Count a try of a transfer that is pending. Any thread.
 
         Raises:
-            Refused: there is less than was saved.
+            KeyError: it is not pending.
         """
-        position, end = self._last_position()
-        if position is None:
-            return None
-        self._journal.truncate(end)
+        self._notes().note_try(transfer_id)
+
+    def done(self, transfer_id: str) -> None:
+        """Forget a transfer that was pending. Any thread."""
+        self._notes().remove(transfer_id)
+
+    def give_up(self, transfer_id: str, reason: str) -> None:
+        """Move what was delivered of a pending transfer to the quarantine. Any thread; it blocks.
+
+        What is no longer where it was delivered is left alone.
+
+        Raises:
+            KeyError: it is not pending.
+        """
+        pending = self._notes().get(transfer_id)
+        receipt = pending.receipt.relative_to(self._output).parts
+        path = pending.where.relative_to(self._output).parts
+        place = Place(transfer_id, path, receipt)
+        with self._quarantine_lock:
+            if self._quarantine.keeps:
+                self._quarantine.take(
+                    transfer_id,
+                    reason,
+                    {"tries": pending.tries},
+                    (),
+                    lambda directory: self._places.withdraw(place, directory),
+                )
+                self._quarantine.sync()
+        self._notes().remove(transfer_id)
+
+    # --- how ---------------------------------------------------------------------------------
+
+    def _claim(self) -> None:
         try:
-            with self._directory() as directory:
-                self._cut_back(position, directory)
-        except FileNotFoundError:
-            raise Refused("what was staged of it has disappeared") from None
-        self._journal.seek(0, os.SEEK_END)
-        self._saved = position
-        return position
+            # Kept for as long as the directory is open, so a killed process leaves no claim.
+            fcntl.flock(self._staging, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputInUse(f"another receiver writes to {self._output}") from None
 
-    def _cut_back(self, position: Position, directory: int) -> None:
-        begun = position.part + (position.offset > 0)
-        for name in os.listdir(directory):
-            number = name.partition("-")[0]
-            if not number.isdecimal() or int(number) >= begun:
-                os.unlink(name, dir_fd=directory)
-        for entry in self._parts():
-            # At least what was saved must be there: it was acked, nobody will send it again.
-            found = os.stat(entry["file"], dir_fd=directory, follow_symlinks=False)
-            size = entry.get("bytes", position.offset)
-            if not stat.S_ISREG(found.st_mode) or found.st_size < size:
-                raise Refused("what was staged of it has lost bytes")
-            if "bytes" not in entry:
-                self._file = os.open(entry["file"], _REOPEN, dir_fd=directory)
-                os.ftruncate(self._file, position.offset)
-                os.lseek(self._file, 0, os.SEEK_END)
+    def _make_places(self, template: Template, overwrite: bool, stdout: int | None) -> Places:
+        if stdout is not None:
+            return StandardOutput(self._root, self._staging, stdout)
+        kind = Directories if template.whole else Files
+        return kind(self._root, self._staging, template, overwrite=overwrite)
 
-    def write_receipt(self, transfer: Transfer, totals: Totals) -> None:
-        with self._directory() as directory:
-            receipt = os.open(RECEIPT, _CREATE, 0o666, dir_fd=directory)
-            with os.fdopen(receipt, "w", encoding="utf-8") as file:
-                file.writelines(_receipt(transfer, totals, self._parts()))
-                file.flush()
-                os.fsync(file.fileno())
-            os.fsync(directory)
+    def _recover(self) -> None:
+        """Finish what the ledger calls delivered, and list what else is staged."""
+        touched: dict[str, float] = {}
+        for entry in os.listdir(self._staging):
+            if match := _STAGED.fullmatch(entry):
+                modified = os.stat(entry, dir_fd=self._staging, follow_symlinks=False).st_mtime
+                touched[match[1]] = max(modified, touched.get(match[1], 0.0))
+            elif entry.endswith(REPLACED):
+                disk.remove_tree(entry, self._staging)
+        for transfer_id, modified in sorted(touched.items(), key=lambda item: item[1]):
+            record = self._ledger.get(transfer_id)
+            if record is None:
+                self._parked[transfer_id] = modified
+            elif record.repeated or not disk.exists(f"{transfer_id}/{RECEIPT}", self._staging):
+                staging.remove(transfer_id, self._staging)
+            else:
+                self._recover_delivered(transfer_id)
+        self._finish()
 
-    def _last_position(self) -> tuple[Position | None, int]:
-        """The last position in the journal, and the offset in bytes where it ends there."""
-        position, end, read = None, 0, 0
-        self._journal.seek(0)
-        for line in self._journal:
-            # A crash may have left half a line, or zeros; nothing behind them was relied upon.
-            if not line.endswith(b"\n"):
-                break
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            read += len(line)
-            if "at" in entry:
-                position, end = Position(*entry["at"]), read
-        return position, end
-
-    def _parts(self) -> Iterator[dict[str, Any]]:
-        """The parts in the journal, each beginning joined with its end; the last may have none."""
-        begun: dict[str, Any] | None = None
-        self._journal.seek(0)
-        for line in self._journal:
-            entry = json.loads(line)
-            if "part" in entry:
-                begun = entry
-            elif "end" in entry and begun is not None:
-                yield begun | {key: entry[key] for key in ("bytes", "frames", "digest")}
-                begun = None
-        if begun is not None:
-            yield begun
-
-    def _part_file(self) -> int:
-        assert self._file is not None, "a part is open"
-        return self._file
-
-    def _note(self, **entry: object) -> None:
-        self._journal.write(json.dumps(entry).encode() + b"\n")
-
-    @contextmanager
-    def _directory(self) -> Iterator[int]:
-        directory = os.open(self._id, _DIRECTORY, dir_fd=self._staging)
+    def _recover_delivered(self, transfer_id: str) -> None:
         try:
-            yield directory
-        finally:
-            os.close(directory)
+            receipt = os.open(f"{transfer_id}/{RECEIPT}", disk.READ, dir_fd=self._staging)
+            with os.fdopen(receipt, "rb") as file:
+                transfer = check(file)
+            self._unfinished[transfer_id] = self._places.choose(transfer)
+        except (ValueError, Refused) as exc:
+            # It was acked: whatever has become of its receipt since, its bytes must be kept.
+            self._put_aside(transfer_id, str(exc))
+            staging.remove(transfer_id, self._staging)
 
+    def _finish(self) -> None:
+        """Move what is in the ledger to its places. Can be called again after an OSError."""
+        if not self._unfinished:
+            return
+        places = [*self._unfinished.values()]
+        waiting = [self._waiting(place) for place in places]
+        if self._pending is not None:
+            self._pending.add(waiting)
+        self._places.put(places)
+        for place in places:
+            staging.remove(place.transfer_id, self._staging)
+        if self._pending is not None:
+            self._pending.show(waiting)
+        self._unfinished.clear()
 
-def _journal_name(transfer_id: str) -> str:
-    return f"{transfer_id}.journal"
+    def _put_aside(self, transfer_id: str, reason: str) -> None:
+        about, parts = staging.describe(transfer_id, self._staging)
+        with self._quarantine_lock:
+            self._quarantine.take(
+                transfer_id,
+                reason,
+                about,
+                parts,
+                lambda directory: staging.move_aside(transfer_id, self._staging, directory),
+            )
 
+    def _waiting(self, place: Place) -> Pending:
+        receipt = self._output.joinpath(*place.receipt)
+        return Pending(place.transfer_id, self._output.joinpath(*place.path), receipt, time.time())
 
-def _exists(path: str, directory: int) -> bool:
-    try:
-        os.stat(path, dir_fd=directory, follow_symlinks=False)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+    def _where(self, place: Place) -> Path | str:
+        return self._output.joinpath(*place.path) if place.path else "standard output"
 
+    def _notes(self) -> PendingNotes:
+        if self._pending is None:
+            raise KeyError("nothing is noted as pending")
+        return self._pending
 
-def _verify(file: int, part: int, digests: Mapping[str, str]) -> None:
-    """Read a file from its start and compare ``digests``, which may be none."""
-    if not digests:
-        return
-    crc = 0
-    hashes = {name: ALGORITHMS[name]() for name in digests if name != "crc32c"}
-    position = 0
-    while block := os.pread(file, _READ_SIZE, position):
-        position += len(block)
-        crc = google_crc32c.extend(crc, block)
-        for hash_ in hashes.values():
-            hash_.update(block)
-    found = {name: hash_.hexdigest() for name, hash_ in hashes.items()}
-    found["crc32c"] = f"{crc:08x}"
-    for name, digest in digests.items():
-        if found[name] != digest:
-            raise Refused(f"{name} of part {part} does not match")
+    def _let_go(self, transfer_id: str) -> None:
+        """Close the transfer, if it is open."""
+        self._saving.pop(transfer_id, None)
+        staged = self._open.pop(transfer_id, None)
+        if staged is not None:
+            staged.close()
 
-
-def _receipt(transfer: Transfer, totals: Totals, parts: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """The HTTP receipt as JSON text, all parts listed, each with the file that holds it."""
-    head = {
-        "transfer": transfer.id,
-        "route": transfer.route,
-        "client": transfer.client,
-        "idempotency_key": transfer.idempotency_key,
-        "frames": totals.frames,
-        "bytes": totals.bytes,
-    }
-    yield json.dumps(head)[:-1] + ', "parts": ['
-    separator = "\n  "
-    for part in parts:
-        yield separator + json.dumps(part)
-        separator = ",\n  "
-    yield "\n]}\n"
+    def _sync_staging(self) -> None:
+        if self._began:
+            os.fsync(self._staging)
+            self._began = False

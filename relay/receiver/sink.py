@@ -50,6 +50,7 @@ class Sink(ABC):
 
     What it is told of one transfer comes in this order; several transfers are interleaved:
 
+        begin, unless it was recalled
         open_part, write any number of times, end_part: for each part, in turn
         commit, or abort, or fail, or repeated: once, at any moment
 
@@ -73,6 +74,9 @@ class Sink(ABC):
 
     rereads: ClassVar[bool] = False
     """Whether ``end_part`` verifies, from the sink's own copy, digests left unchecked."""
+
+    def begin(self, transfer: Transfer) -> None:  # noqa: B027  optional
+        """A transfer begins, of which ``recall`` knew nothing. Its first part is next."""
 
     @abstractmethod
     def open_part(self, transfer_id: str, part: int, head: PartHead) -> None:
@@ -151,7 +155,11 @@ class Sink(ABC):
         raise Refused("too many transfers at once")
 
     def sweep(self, expire_after: float) -> list[str]:
-        """Drop what is not open and was not touched for so many seconds; returns their ids."""
+        """Drop what is not open and was not touched for so many seconds.
+
+        Called by each ``settle``. Returns the ids of those, and of others that the sink has dropped
+        since the last call, because it had no room.
+        """
         return []
 
 
