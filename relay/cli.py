@@ -53,6 +53,7 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _receive(arguments: argparse.Namespace) -> int:
     from relay.receiver.consumer import Options, receive
+    from relay.receiver.files import StorageOptions
 
     return receive(
         Options(
@@ -68,6 +69,13 @@ def _receive(arguments: argparse.Namespace) -> int:
             dead_letter=arguments.dead_letter,
             idle_exit=arguments.idle_exit,
             wait=arguments.wait,
+            storage=StorageOptions(
+                name=arguments.name,
+                overwrite=arguments.overwrite,
+                stdout=arguments.stdout,
+                expire=arguments.expire,
+                quarantine_keep=arguments.quarantine_keep,
+            ),
         )
     )
 
@@ -164,9 +172,44 @@ def _parser() -> argparse.ArgumentParser:
         "--count", metavar="N", type=_positive, help="stop after N transfers (default: never)"
     )
     receive.add_argument(
+        "--name",
+        metavar="TEMPLATE",
+        default="{transfer}/{part}-{filename}",
+        help="path of each part's file below DIR (default {transfer}/{part}-{filename}); also"
+        " {name} of the form field, {route}, {client}, and the {date} the transfer began. If its"
+        " directory has {transfer}, and nothing that differs between parts, a transfer appears all"
+        " at once; otherwise file by file, and last its receipt, DIR/TRANSFER.receipt.json",
+    )
+    receive.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files that exist (default: report.csv becomes report-2.csv)",
+    )
+    receive.add_argument(
+        "--stdout",
+        action="store_true",
+        help="write the bytes of complete transfers to standard output, at least once each, and"
+        " what there is to tell to standard error; DIR is for staging only",
+    )
+    receive.add_argument(
+        "--expire",
+        metavar="DURATION",
+        type=_duration_above_zero,
+        default=86_400.0,
+        help='drop transfers that are silent for so long, such as "30 min" (default 24 h)',
+    )
+    receive.add_argument(
+        "--quarantine-keep",
+        metavar="DURATION",
+        type=_duration,
+        default=7 * 86_400.0,
+        help="how long DIR/.relay-quarantine keeps what came of transfers that failed; 0: nothing"
+        " (default 168 h)",
+    )
+    receive.add_argument(
         "--idle-exit",
         metavar="DURATION",
-        type=_positive_duration,
+        type=_duration_above_zero,
         help='stop when nothing came for so long, such as "30 s" (default: never)',
     )
     receive.add_argument(
@@ -283,8 +326,9 @@ def _positive(value: str) -> int:
     return int(value)
 
 
-def _positive_duration(value: str) -> float:
-    if not (seconds := _duration(value)):
+def _duration_above_zero(value: str) -> float:
+    seconds = _duration(value)
+    if not seconds:
         raise argparse.ArgumentTypeError("must be a duration above 0")
     return seconds
 

@@ -10,10 +10,10 @@ import random
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from typing import Final
+from typing import Final, TextIO
 
 import pika.exceptions
 import trio
@@ -24,9 +24,10 @@ from relay.config import AmqpConfig, ConfigError, parse_amqp_url
 from relay.errors import BrokerUnavailable
 from relay.receiver import Settlement, problems
 from relay.receiver.dead_letters import DeadLetters, DeadLettersLost, Letter, NoDeadLetterQueue
-from relay.receiver.files import STAGING, FileSink, OutputInUse
+from relay.receiver.files import STAGING, FileSink, OutputInUse, StorageOptions
 from relay.receiver.intake import Intake
 from relay.receiver.link import HELD_MAX, Delivery, Link, OneChannel
+from relay.receiver.names import DEFAULT_TEMPLATE, Template
 from relay.receiver.offsets import OffsetFile
 from relay.receiver.place import AnotherStream, Place
 from relay.receiver.room import NO_ROOM, wait_for_room
@@ -84,6 +85,7 @@ class Options:
         ca_file: as ``[amqp]`` has it, and so the next two.
         certificate_file: a client certificate.
         key_file: its key.
+        storage: how what comes is kept.
     """
 
     url: str
@@ -98,30 +100,54 @@ class Options:
     ca_file: str = ""
     certificate_file: str = ""
     key_file: str = ""
+    storage: StorageOptions = field(default_factory=StorageOptions)
 
 
 def receive(options: Options) -> int:
     """Write the transfers that come from a queue into directories.
 
-    One line on standard output for each, problems on standard error. Ends after ``count``
-    transfers, after silence, or on SIGINT or SIGTERM, whose handlers it takes over: call it from
-    the main thread.
+    One line on standard output for each, problems on standard error, or both there if standard
+    output gets the transfers. Ends after ``count`` transfers, after silence, or on SIGINT or
+    SIGTERM, whose handlers it takes over: call it from the main thread.
 
     Returns:
         The exit code: 0 for success, also when a signal ended it; 1 if it failed, or was stopped
         before ``count`` was reached.
 
     Raises:
-        ConfigError: the URL or a file for TLS cannot be used.
+        ConfigError: the URL, the template or a file for TLS cannot be used.
     """
     connector = _connector(options)
     if options.dead_letter == options.queue:
         raise ConfigError("--dead-letter: must be another queue than --queue")
-    intake = Intake(lambda: FileSink(options.output), count=options.count)
+    template = _template(options.storage)
+    intake = Intake(
+        lambda: _sink(options, template), count=options.count, expire_after=options.storage.expire
+    )
     try:
         return trio.run(_Consumer(connector, intake, options).run)
     finally:
         intake.discard()
+
+
+def _template(storage: StorageOptions) -> Template:
+    if storage.stdout and (storage.overwrite or storage.name != DEFAULT_TEMPLATE):
+        raise ConfigError("--stdout: writes no files, so it goes without --name and --overwrite")
+    try:
+        return Template(storage.name)
+    except ValueError as exc:
+        raise ConfigError(f"--name: must be {exc}") from exc
+
+
+def _sink(options: Options, template: Template) -> FileSink:
+    storage = options.storage
+    return FileSink(
+        options.output,
+        template=template,
+        overwrite=storage.overwrite,
+        stdout=sys.stdout.fileno() if storage.stdout else None,
+        quarantine_keep=storage.quarantine_keep,
+    )
 
 
 def _connector(options: Options) -> Connector:
@@ -279,7 +305,7 @@ class _Consumer:
             try:
                 work = await trio.to_thread.run_sync(self._intake.work, batch)
                 fed = batch[: work.fed]
-                _report(work.settlement)
+                _report(work.settlement, sys.stderr if self._options.storage.stdout else sys.stdout)
                 if letters is not None and not await self._bury(letters, fed, work.settlement):
                     return
                 if link.is_stream:
@@ -394,7 +420,7 @@ async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope
         return
 
 
-def _report(settlement: Settlement) -> None:
+def _report(settlement: Settlement, stream: TextIO) -> None:
     for line in problems.lines(settlement.problems):
         _say(line)
     for delivered in settlement.delivered:
@@ -402,6 +428,7 @@ def _report(settlement: Settlement) -> None:
         print(
             f"transfer {delivered.transfer.id}  parts {totals.parts}  bytes {totals.bytes}"
             f"  {delivered.where}",
+            file=stream,
             flush=True,
         )
 

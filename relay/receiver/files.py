@@ -35,6 +35,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar, Final
@@ -56,6 +57,25 @@ MAX_STAGED: Final = 10_000
 """Transfers on disk that are not complete, unless told otherwise."""
 
 _STAGED: Final = re.compile(r"([0-9a-f-]{36})(\.journal)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StorageOptions:
+    """How ``relay receive`` keeps what it gets.
+
+    Attributes:
+        name: a template of the files' paths.
+        overwrite: replace what exists, instead of choosing another name.
+        stdout: write the parts to standard output, instead of files.
+        expire: seconds of silence after which a transfer is dropped.
+        quarantine_keep: seconds for which to keep what failed; 0 keeps nothing.
+    """
+
+    name: str = DEFAULT_TEMPLATE
+    overwrite: bool = False
+    stdout: bool = False
+    expire: float = 86_400.0
+    quarantine_keep: float = KEEP
 
 
 class OutputInUse(Exception):

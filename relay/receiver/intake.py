@@ -44,6 +44,7 @@ class Intake:
         open_sink: Callable[[], FileSink],
         *,
         count: int | None = None,
+        expire_after: float = 86_400.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Makes one that holds nothing yet.
@@ -51,10 +52,12 @@ class Intake:
         Args:
             open_sink: makes the sink; again after each ``discard``.
             count: transfers after which no more is fed; None for no end.
+            expire_after: as ``Receiver`` has it.
             clock: seconds, never going back.
         """
         self._open_sink = open_sink
         self._count = count
+        self._expire_after = expire_after
         self._clock = clock
         self._sink: FileSink | None = None
         self._receiver: Receiver | None = None
@@ -80,7 +83,7 @@ class Intake:
         """
         if self._sink is None:
             self._sink = self._open_sink()
-            self._receiver = Receiver(self._sink)
+            self._receiver = Receiver(self._sink, expire_after=self._expire_after)
 
     def work(self, batch: Sequence[Delivery]) -> Work:
         """Feed deliveries, as many as there is time for, and settle them.
