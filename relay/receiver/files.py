@@ -252,14 +252,17 @@ class FileSink(Sink):
         Raises:
             Refused: bytes that had been saved are no longer there.
         """
-        # If it is open, that is what a receiver left that was discarded.
-        self._let_go(transfer_id)
-        self._committed.pop(transfer_id, None)
-        self._repeated.pop(transfer_id, None)
         record = self._ledger.get(transfer_id)
         if record is not None and not record.repeated:
             return Earlier("delivered before", record.key)
+        # If it is not parked, a receiver has left it that was discarded.
+        left = (self._parked, self._open, self._committed, self._repeated)
+        if not any(transfer_id in some for some in left):
+            return None
+        self._let_go(transfer_id)
         self._parked.pop(transfer_id, None)
+        self._committed.pop(transfer_id, None)
+        self._repeated.pop(transfer_id, None)
         staged = Staged.reopen(transfer_id, self._staging)
         if staged is None:
             staging.remove(transfer_id, self._staging)

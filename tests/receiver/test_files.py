@@ -3,105 +3,32 @@
 import hashlib
 import json
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from relay.model import Frame, PartHead, PartTail, Totals, Transfer
-from relay.protocol.framing import Framer, crc32c
-from relay.protocol.wire import APP_ID, Message, encode_abort, encode_frame
-from relay.receiver import Receiver, Settlement, Sink
+from relay.protocol.framing import crc32c
+from relay.protocol.wire import APP_ID, encode_abort, encode_frame
+from relay.receiver import Receiver, Sink
 from relay.receiver.files import STAGING, FileSink, OutputInUse
 from relay.receiver.ledger import NAME as LEDGER
-from relay.receiver.names import Template
-
-Part = tuple[PartHead, bytes]
-
-
-def transfer_id(number: int) -> str:
-    return f"0199c0de-0000-7000-8000-{number:012x}"
-
-
-def transfer(number: int, key: str | None = None) -> Transfer:
-    return Transfer(
-        id=transfer_id(number), began=1, route="default", client="ann", idempotency_key=key
-    )
-
-
-def cut(
-    parts: Sequence[Part],
-    number: int = 0,
-    *,
-    frame_size: int = 4,
-    digests: Sequence[str] = (),
-    key: str | None = None,
-) -> list[Frame]:
-    framer = Framer(transfer(number, key), frame_size=frame_size, digests=digests)
-    frames: list[Frame] = []
-    for head, body in parts:
-        frames += framer.start_part(head)
-        frames += framer.feed(body)
-        framer.end_part()
-    return [*frames, framer.finish()[0]]
-
-
-def one(
-    body: bytes, number: int = 0, *, digests: Sequence[str] = (), key: str | None = None
-) -> list[Frame]:
-    return cut([(PartHead(name="f", filename="x.bin"), body)], number, digests=digests, key=key)
-
-
-def give(receiver: Receiver, tag: int, message: Message, app_id: object = APP_ID) -> None:
-    receiver.feed(
-        tag,
-        app_id=app_id,
-        type=message.type,
-        correlation_id=message.correlation_id,
-        timestamp=message.timestamp,
-        headers=dict(message.headers),
-        body=message.body,
-    )
-
-
-def give_frames(receiver: Receiver, frames: Sequence[Frame], first_tag: int = 1) -> None:
-    for tag, frame in enumerate(frames, first_tag):
-        give(receiver, tag, encode_frame(frame))
-
-
-@contextmanager
-def receiving(
-    output: Path, *, max_open: int = 256, template: Template | None = None
-) -> Iterator[Receiver]:
-    with closing(FileSink(output, template=template)) as sink:
-        yield Receiver(sink, max_open=max_open)
-
-
-def told(settlement: Settlement) -> tuple[str, ...]:
-    """The problems, as people see them."""
-    return tuple(map(str, settlement.problems))
-
-
-def receive(output: Path, frames: Sequence[Frame]) -> Settlement:
-    with receiving(output) as receiver:
-        give_frames(receiver, frames)
-        return receiver.settle()
-
-
-def visible(output: Path) -> set[str]:
-    """The files that are not relay's own."""
-    files = (p.relative_to(output) for p in output.rglob("*") if p.is_file())
-    return {str(path) for path in files if not path.parts[0].startswith(".relay-")}
-
-
-def staged(output: Path) -> list[str]:
-    """What is in the staging directory of transfers."""
-    return sorted(entry for entry in os.listdir(output / STAGING) if entry != LEDGER)
-
+from tests.fed_receiver import (
+    cut,
+    give,
+    give_frames,
+    one,
+    receive,
+    receiving,
+    staged,
+    told,
+    transfer,
+    transfer_id,
+    visible,
+)
 
 # --- a transfer as files -------------------------------------------------------------------------
 
@@ -403,9 +330,8 @@ def test_keys_are_known_after_a_restart(tmp_path: Path) -> None:
 def test_a_transfer_that_could_not_be_delivered_does_not_keep_its_retry_out(
     tmp_path: Path,
 ) -> None:
-    template = Template("{route}/{transfer}/{part}")
     (tmp_path / "default").touch()
-    with receiving(tmp_path, template=template) as receiver:
+    with receiving(tmp_path, name="{route}/{transfer}/{part}") as receiver:
         give_frames(receiver, one(b"123456789", 0, key="k"))
         (tmp_path / "default").unlink()
         give_frames(receiver, one(b"123456789", 1, key="k"), first_tag=4)
@@ -521,110 +447,6 @@ def test_transfers_beyond_the_limit_are_parked_and_come_back(tmp_path: Path) -> 
         path = tmp_path / transfer_id(n) / "0-x.bin"
         assert path.read_bytes() == bytes([48 + n]) * 9
     assert staged(tmp_path) == []
-
-
-def _crash_at(event: int) -> None:
-    """Die, as by kill -9, when this process is about to do its n-th thing to a file system."""
-    left = event
-
-    def hook(name: str, _arguments: tuple[object, ...]) -> None:
-        nonlocal left
-        if name == "open" or name.startswith(("os.", "shutil.")):
-            left -= 1
-            if left < 0:
-                os._exit(9)
-
-    sys.addaudithook(hook)
-
-
-def _consume(output: Path, frames: Sequence[Frame], acked: int, report: int, crash: int) -> None:
-    """In a child: receive from the first frame that was not acked, and report each ack."""
-    _crash_at(crash)
-    with receiving(output, max_open=2) as receiver:
-        for start in range(acked, len(frames), 3):
-            give_frames(receiver, frames[start : start + 3], first_tag=start + 1)
-            settlement = receiver.settle()
-            assert not settlement.reject
-            os.write(report, bytes([max(settlement.ack)]))
-
-
-def _run(output: Path, frames: Sequence[Frame], acked: int, crash: int) -> tuple[int, bool]:
-    """Returns how many frames are acked after that, and whether the child crashed."""
-    reading, writing = os.pipe()
-    with warnings.catch_warnings():
-        # The child touches nothing that a thread of pytest's might hold.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(reading)
-            _consume(output, frames, acked, writing, crash)
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading, "rb") as report:
-        told = report.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return max([acked, *told]), code == 9
-
-
-def _crash_everywhere(
-    directory: Path, lines: Sequence[Sequence[Frame]], check: Callable[[Path], None]
-) -> None:
-    """Receive interleaved transfers, in a new place for each moment to be killed at."""
-    frames = [line[i] for i in range(4) for line in lines if i < len(line)]
-    crash, crashed = 0, True
-    while crashed:
-        output = directory / str(crash)
-        acked, crashed = _run(output, frames, 0, crash)
-        # Killed once more on the way, elsewhere; and acks may be lost, so some frames come twice.
-        acked, _ = _run(output, frames, max(0, acked - crash % 3), 20 + crash % 37)
-        assert _run(output, frames, max(0, acked - crash % 2), sys.maxsize) == (len(frames), False)
-        check(output)
-        crash += 1
-    assert crash > 50
-
-
-def test_wherever_it_is_killed_it_goes_on_and_delivers_everything(tmp_path: Path) -> None:
-    lines = [
-        cut([(PartHead(name="a"), b"123456789"), (PartHead(name="b"), b"")], 0),
-        one(b"abcdefghij", 1, digests=["sha-256"]),
-        one(b"x", 2),
-        one(b"ABCDEFGH", 3),
-    ]
-    _crash_everywhere(tmp_path, lines, _check_crashed_output)
-
-
-def test_wherever_it_is_killed_it_delivers_the_same_upload_once(tmp_path: Path) -> None:
-    lines = [one(b"12345678", 0, key="k"), one(b"123456789", 1, key="k"), one(b"x", 2, key="l")]
-
-    def check(output: Path) -> None:
-        # Much later, in another process: the keys were not lost either.
-        assert receive(output, one(b"y", 3, key="k")).ack == (1,)
-        assert receive(output, one(b"y", 4, key="l")).ack == (1,)
-        assert staged(output) == []
-        assert sorted(os.listdir(output)) == [STAGING, transfer_id(0), transfer_id(2)]
-        assert (output / transfer_id(0) / "0-x.bin").read_bytes() == b"12345678"
-
-    _crash_everywhere(tmp_path, lines, check)
-
-
-def _check_crashed_output(output: Path) -> None:
-    with receiving(output) as receiver:
-        receiver.settle()
-    assert staged(output) == []
-    assert visible(output) == {
-        f"{transfer_id(0)}/0-a",
-        f"{transfer_id(0)}/1-b",
-        *(f"{transfer_id(n)}/0-x.bin" for n in (1, 2, 3)),
-        *(f"{transfer_id(n)}/receipt.json" for n in range(4)),
-    }
-    assert (output / transfer_id(0) / "0-a").read_bytes() == b"123456789"
-    assert (output / transfer_id(1) / "0-x.bin").read_bytes() == b"abcdefghij"
-    assert (output / transfer_id(3) / "0-x.bin").read_bytes() == b"ABCDEFGH"
 
 
 # --- a sink of somebody else's -------------------------------------------------------------------
