@@ -102,6 +102,15 @@ def write_all(file: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(file, rest) :]
 
 
+def sync_file(name: str, parent: int) -> None:
+    """Make the file's bytes safe."""
+    file = os.open(name, READ, dir_fd=parent)
+    try:
+        os.fdatasync(file)
+    finally:
+        os.close(file)
+
+
 def replace_file(name: str, parent: int, data: bytes, *, sync: bool) -> None:
     """Give the file this content, all of it or none; with ``sync``, ``parent`` is yet to be."""
     new = f"{name}.new"

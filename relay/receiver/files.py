@@ -9,10 +9,10 @@ Below the output directory, besides what ``places`` puts there:
 
 What happens in which order, and what it costs: *n* transfers in a batch, of which *m* are complete.
 
-1. Parts that end are synced, one fdatasync each.
-2. Of each transfer that goes on, the part in progress is synced, and its directory if files were
-   created (``save``). Each that is complete gets its receipt: two syncs.
-3. ``flush`` syncs the staging directory, if transfers began: from here on their names are safe.
+1. While frames are fed, nothing is synced. Each transfer that is complete gets its receipt.
+2. ``flush`` syncs the files of each transfer that were written, and its directory if any were
+   created.
+3. It syncs the staging directory, if transfers began: from here on their names are safe.
 4. Each transfer that goes on gets its position into its journal: one fdatasync each.
 5. The ledger gets a record of each that is complete: one fdatasync for all *m*. **This is the
    commit.** What is staged and not in the ledger is gone on with where its journal ends; what is
@@ -25,7 +25,9 @@ What happens in which order, and what it costs: *n* transfers in a batch, of whi
 8. Journals, and what else is left, are removed, without a sync: what a power failure brings back
    has no receipt, so that it is removed again.
 
-A small transfer that comes in one batch costs three syncs of its own, and its share of three.
+A small transfer that comes in one batch costs three syncs of its own, and its share of three. The
+syncs of different transfers in steps 2 and 4 go on at the same time, in threads: they wait for the
+same commits of the file system's journal, which on a busy disk takes a tenth of the time.
 """
 
 import fcntl
@@ -33,9 +35,11 @@ import os
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import ClassVar, Final
@@ -52,6 +56,9 @@ from relay.receiver.receipts import check
 from relay.receiver.staging import Staged
 
 STAGING: Final = ".relay-staging"
+
+SYNCS: Final = 8
+"""At the same time; more make no difference."""
 
 MAX_STAGED: Final = 10_000
 """Transfers on disk that are not complete, unless told otherwise."""
@@ -128,12 +135,14 @@ class FileSink(Sink):
         # Since the last flush: transfers that are new, that go on, and that are complete.
         self._began = False
         self._saving: dict[str, Position] = {}
-        self._committed: dict[str, tuple[Record, Place]] = {}
+        self._committed: dict[str, tuple[Staged, Record, Place]] = {}
         self._repeated: dict[str, Record] = {}
         # Those in the ledger that have yet to be moved.
         self._unfinished: dict[str, Place] = {}
         self._quarantine_lock = Lock()
+        self._threads = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
         with ExitStack() as stack:
+            stack.callback(self._threads.shutdown)
             self._root = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             stack.callback(os.close, self._root)
             disk.make_directory(STAGING, self._root, 0o700)
@@ -185,10 +194,8 @@ class FileSink(Sink):
         self._open[ended.transfer_id].end_part(ended)
 
     def save(self, transfer_id: str, position: Position) -> None:
-        """Sync the part in progress; the position is noted by ``flush``."""
-        staged = self._open[transfer_id]
-        if position != staged.saved:
-            staged.sync()
+        """Have ``flush`` sync what was written, and note the position."""
+        if position != self._open[transfer_id].saved:
             self._saving[transfer_id] = position
 
     def commit(self, transfer: Transfer, totals: Totals) -> str:
@@ -197,7 +204,7 @@ class FileSink(Sink):
         place = self._places.choose(transfer)
         staged.write_receipt(transfer, totals, lambda part: self._places.locate(transfer, part))
         self._let_go(transfer.id)
-        self._committed[transfer.id] = Record(transfer.id, key_digest(transfer)), place
+        self._committed[transfer.id] = staged, Record(transfer.id, key_digest(transfer)), place
         return str(self._where(place))
 
     def repeated(self, transfer: Transfer) -> None:
@@ -207,15 +214,17 @@ class FileSink(Sink):
 
     def flush(self) -> None:
         """Note how far transfers have come; deliver those that are complete."""
+        going_on = [(self._open[of], position) for of, position in self._saving.items()]
+        complete = [staged for staged, _, _ in self._committed.values()]
+        self._together(staged.sync for staged in (*complete, *(staged for staged, _ in going_on)))
         self._sync_staging()
-        for transfer_id, position in self._saving.items():
-            if transfer_id in self._open:
-                self._open[transfer_id].save(position)
+        self._together(partial(staged.save, position) for staged, position in going_on)
         self._saving.clear()
         with self._quarantine_lock:
             self._quarantine.sync()
-        self._ledger.append([*(r for r, _ in self._committed.values()), *self._repeated.values()])
-        self._unfinished |= {of: place for of, (_, place) in self._committed.items()}
+        delivered = [record for _, record, _ in self._committed.values()]
+        self._ledger.append([*delivered, *self._repeated.values()])
+        self._unfinished |= {of: place for of, (_, _, place) in self._committed.items()}
         self._committed.clear()
         for transfer_id in self._repeated:
             staging.remove(transfer_id, self._staging)
@@ -426,6 +435,13 @@ class FileSink(Sink):
         staged = self._open.pop(transfer_id, None)
         if staged is not None:
             staged.close()
+
+    def _together(self, calls: Iterable[Callable[[], None]]) -> None:
+        """Make calls that wait for the disk; returns when all have ended."""
+        ends = [self._threads.submit(call) for call in calls]
+        wait(ends)
+        for end in ends:
+            end.result()
 
     def _sync_staging(self) -> None:
         if self._began:

@@ -19,7 +19,7 @@ from relay.model import PartHead, Transfer
 from relay.receiver import Refused, disk
 from relay.receiver.names import NAME_MAX, RECEIPT, Template, alternatives, numbered, shorten
 from relay.receiver.receipts import Part, document, read_head, read_parts, transfer_of
-from relay.receiver.staging import verify, write_receipt
+from relay.receiver.staging import replace_receipt, verify
 
 _NUMBERS_MAX: Final = 1_000
 """Names whose next free number is remembered, so that the ten thousandth is not searched for."""
@@ -287,8 +287,7 @@ class Files(Places):
                 else part
                 for part in parts
             )
-            write_receipt(staged, document(head, changed))
-        os.fsync(staged)
+            replace_receipt(staged, document(head, changed))
 
     def _free(self, parents: disk.Path, last: str, transfer_id: str, directory: int) -> str:
         best = (*parents, last)

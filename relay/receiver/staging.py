@@ -61,9 +61,11 @@ class Staged:
         self.touched = time.time()
         self._staging = staging
         self._journal = journal
-        # Whether files were created since the directory was last synced.
+        # Since the last sync: files that were closed, and whether any were created.
+        self._unsynced: list[str] = []
         self._created = False
         self._file: int | None = None
+        self._name = ""
 
     @classmethod
     def create(cls, transfer: Transfer, staging: int) -> "Staged":
@@ -106,13 +108,14 @@ class Staged:
                     if name in RESERVED:
                         continue
                     self._file = os.open(name, disk.CREATE, 0o666, dir_fd=directory)
+                    self._name = name
                     break
                 except FileExistsError:
                     continue
         self._created = True
         self._note(
             part=part,
-            file=name,
+            file=self._name,
             name=head.name,
             filename=head.filename,
             content_type=head.content_type,
@@ -123,26 +126,30 @@ class Staged:
         disk.write_all(self._part_file(), body)
 
     def end_part(self, ended: PartEnded) -> None:
-        """Sync the part's file, and read it again if digests have to be verified.
+        """Close the part's file, and read it before that if digests have to be verified.
 
         Raises:
             Refused: a digest does not match.
         """
         file = self._part_file()
         verify(file, ended.part, ended.unchecked)
-        os.fdatasync(file)
         os.close(file)
         self._file = None
+        self._unsynced.append(self._name)
         tail = ended.tail
         self._note(end=ended.part, bytes=tail.size, frames=ended.frames, digest=dict(tail.digest))
 
     def sync(self) -> None:
-        """Make the bytes safe, and their names in the transfer's directory."""
+        """Make the bytes safe, and their names in the transfer's directory; also when closed."""
         if self._file is not None:
             os.fdatasync(self._file)
-        if self._created:
+        if self._unsynced or self._created:
             with self._directory() as directory:
-                os.fsync(directory)
+                for name in self._unsynced:
+                    disk.sync_file(name, directory)
+                if self._created:
+                    os.fsync(directory)
+            self._unsynced.clear()
             self._created = False
 
     def save(self, position: Position) -> None:
@@ -175,7 +182,7 @@ class Staged:
     def write_receipt(
         self, transfer: Transfer, totals: Totals, locate: Callable[[Part], str]
     ) -> None:
-        """Add the receipt, synced as all else in the transfer's directory is then.
+        """Add the receipt; it is not synced yet.
 
         Args:
             transfer: as its commit frame told it.
@@ -184,8 +191,11 @@ class Staged:
         """
         parts = ({**part, "file": locate(part)} for part in self.parts())
         with self._directory() as directory:
-            write_receipt(directory, document(receipt_head(transfer, totals), parts))
-            os.fsync(directory)
+            receipt = os.open(RECEIPT, disk.REPLACE, 0o666, dir_fd=directory)
+            with os.fdopen(receipt, "wb") as file:
+                file.writelines(document(receipt_head(transfer, totals), parts))
+        self._unsynced.append(RECEIPT)
+        self._created = True
 
     def parts(self) -> Iterator[Part]:
         """The parts in the journal, each beginning joined with its end; the last may have none."""
@@ -209,7 +219,8 @@ class Staged:
             if not stat.S_ISREG(found.st_mode) or found.st_size < size:
                 raise Refused("what was staged of it has lost bytes")
             if "bytes" not in entry:
-                self._file = os.open(entry["file"], disk.REOPEN, dir_fd=directory)
+                self._name = entry["file"]
+                self._file = os.open(self._name, disk.REOPEN, dir_fd=directory)
                 os.ftruncate(self._file, position.offset)
                 os.lseek(self._file, 0, os.SEEK_END)
         for name in os.listdir(directory):
@@ -250,14 +261,15 @@ class Staged:
         return disk.directory(self.transfer.id, self._staging)
 
 
-def write_receipt(directory: int, lines: Iterable[bytes]) -> None:
-    """Write a transfer's receipt, all or nothing, and sync it; the directory is yet to be."""
+def replace_receipt(directory: int, lines: Iterable[bytes]) -> None:
+    """Replace a transfer's receipt: after a crash there is the one or the other."""
     new = f".{RECEIPT}"
     with os.fdopen(os.open(new, disk.REPLACE, 0o666, dir_fd=directory), "wb") as file:
         file.writelines(lines)
         file.flush()
         os.fdatasync(file.fileno())
     os.rename(new, RECEIPT, src_dir_fd=directory, dst_dir_fd=directory)
+    os.fsync(directory)
 
 
 def move_aside(transfer_id: str, staging: int, directory: int) -> None:
