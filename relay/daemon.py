@@ -29,6 +29,7 @@ from relay.server import listeners
 from relay.server.admin import AdminHandler
 from relay.server.handler import UploadHandler
 from relay.server.uploads import Uploads
+from relay.systemd import Notifier, Rate
 from relay.transfer import new_transfer_id
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class Daemon:
         self._verify_at = -math.inf
         self._handler = UploadHandler(config.http, config.routes, self._broker, self._uploads)
         self._admin = AdminHandler(config.http, self._uploads, self._broker.refusal, self._metrics)
+        self._systemd = Notifier()
+        self._rate = Rate()
 
     async def run(self) -> None:
         """Serve until a signal says stop, then drain."""
@@ -81,8 +84,10 @@ class Daemon:
                 nursery.start_soon(self._serve_admin, admin_listeners, nursery)
                 nursery.start_soon(self._serve_uploads, upload_listeners, nursery)
                 _announce(upload_listeners, admin_listeners)
+                nursery.start_soon(self._tell_systemd)
                 signal_number = await anext(signals)
                 log.info("stopping", extra=fields(signal=signal.Signals(signal_number).name))
+                self._systemd.stopping(config.http.drain_timeout + 3 * GOODBYE)
                 async with trio.open_nursery() as stopping:
                     stopping.start_soon(self._stop, stopping.cancel_scope)
                     await anext(signals)
@@ -108,6 +113,18 @@ class Daemon:
             await listeners.serve(
                 admin_listeners, self._admin.serve, limit=ADMIN_CONNECTIONS, nursery=nursery
             )
+
+    async def _tell_systemd(self) -> None:
+        await self._systemd.run(ready=lambda: self._broker.refusal() is None, status=self._status)
+
+    def _status(self) -> str:
+        refusal = self._broker.refusal()
+        rate = self._rate.per_second(self._uploads.bytes_received, trio.current_time()) / 2**20
+        return (
+            f"{'draining: ' if self._uploads.draining else ''}"
+            f"{len(self._uploads)} uploads, {rate:.1f} MiB/s; "
+            f"{'broker ready' if refusal is None else refusal.detail}"
+        )
 
     async def verify(self, session: Session, refusals: Refusals) -> None:
         """Log what is wrong with the routes; meanwhile uploads go on, and may well work."""

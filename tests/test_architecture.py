@@ -33,6 +33,7 @@ TABLE = """
     daemon                 | trio prometheus_client  | receiver
     check                  | trio                    | receiver server protocol
     allocator              |                         | all
+    systemd                | trio                    | all
                            |                         |
     receiver.consumer      | trio pika               | server transfer
     receiver.intake        |                         | server broker transfer protocol

@@ -55,12 +55,18 @@ class Uploads:
         self.draining = False
         self.finished: Counter[str] = Counter()
         self.bytes_committed = 0
+        self._bytes_of_ended = 0
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __iter__(self) -> Iterator[UploadRecord]:
         return iter(self._records)
+
+    @property
+    def bytes_received(self) -> int:
+        """Bytes of bodies since the start, whatever became of their uploads."""
+        return self._bytes_of_ended + sum(record.bytes_received for record in self._records)
 
     def check(self) -> None:
         """Raise what an upload would be refused with now, if anything.
@@ -93,6 +99,7 @@ class Uploads:
         finally:
             self._read_budget += reserved
             self._records.discard(record)
+            self._bytes_of_ended += record.bytes_received
             self._changed.unpark_all()
 
     def count(self, result: str, size: int = 0) -> None:
