@@ -28,14 +28,12 @@ from relay.logs import fields
 from relay.server import listeners
 from relay.server.admin import AdminHandler
 from relay.server.handler import UploadHandler
+from relay.server.pages import CONNECTIONS_MAX
 from relay.server.uploads import Uploads
 from relay.systemd import Notifier, Rate
 from relay.transfer import new_transfer_id
 
 log = logging.getLogger(__name__)
-
-ADMIN_CONNECTIONS = 32
-"""Admin connections at once: scrapers and probes, never clients."""
 
 VERIFY_PAUSE = 10.0
 """Seconds between two verifications of the routes, at least: a connection that comes and goes must
@@ -111,7 +109,7 @@ class Daemon:
     ) -> None:
         if admin_listeners:
             await listeners.serve(
-                admin_listeners, self._admin.serve, limit=ADMIN_CONNECTIONS, nursery=nursery
+                admin_listeners, self._admin.serve, limit=CONNECTIONS_MAX, nursery=nursery
             )
 
     async def _tell_systemd(self) -> None:

@@ -39,6 +39,10 @@ TABLE = """
     receiver.intake        |                         | server broker transfer protocol
     receiver.place         | trio                    | server broker transfer protocol
     receiver.dead_letters  | trio pika               | server transfer
+    receiver.admin         | trio                    | broker transfer protocol server.uploads
+    receiver.console       | tqdm                    | server broker transfer protocol
+    receiver.commands      | trio                    | all but receiver.figures config
+    receiver.figures       | prometheus_client       | all
     receiver.link          | trio pika               | server transfer protocol
     receiver.room          | trio                    | all
     receiver.problems      |                         | all but receiver
@@ -59,6 +63,7 @@ TABLE = """
     server.listeners       | trio                    | broker transfer protocol
     server.admin           | trio prometheus_client  | broker transfer protocol
     server.handler         | trio                    | broker
+    server.pages           | trio prometheus_client  | broker transfer protocol server.uploads
     server.connection      | trio h11                | broker transfer
     server.uploads         | trio                    | broker transfer protocol
     server.idempotency     |                         | broker transfer
