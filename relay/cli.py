@@ -54,30 +54,38 @@ def _check(arguments: argparse.Namespace) -> int:
 def _receive(arguments: argparse.Namespace) -> int:
     from relay.receiver.consumer import Options, receive
     from relay.receiver.files import StorageOptions
+    from relay.receiver.operations import OperationOptions
+    from relay.server.listeners import ListenError
 
-    return receive(
-        Options(
-            url=arguments.amqp,
-            ca_file=arguments.ca_file,
-            certificate_file=arguments.certificate_file,
-            key_file=arguments.key_file,
-            queue=arguments.queue,
-            output=arguments.output,
-            count=arguments.count,
-            prefetch=arguments.prefetch,
-            begin=arguments.begin,
-            dead_letter=arguments.dead_letter,
-            idle_exit=arguments.idle_exit,
-            wait=arguments.wait,
-            storage=StorageOptions(
-                name=arguments.name,
-                overwrite=arguments.overwrite,
-                stdout=arguments.stdout,
-                expire=arguments.expire,
-                quarantine_keep=arguments.quarantine_keep,
-            ),
-        )
+    options = Options(
+        url=arguments.amqp,
+        ca_file=arguments.ca_file,
+        certificate_file=arguments.certificate_file,
+        key_file=arguments.key_file,
+        queue=arguments.queue,
+        output=arguments.output,
+        count=arguments.count,
+        prefetch=arguments.prefetch,
+        begin=arguments.begin,
+        dead_letter=arguments.dead_letter,
+        idle_exit=arguments.idle_exit,
+        wait=arguments.wait,
+        storage=StorageOptions(
+            name=arguments.name,
+            overwrite=arguments.overwrite,
+            stdout=arguments.stdout,
+            expire=arguments.expire,
+            quarantine_keep=arguments.quarantine_keep,
+        ),
+        operation=OperationOptions(
+            admin=arguments.admin, as_json=arguments.json, quiet=arguments.quiet
+        ),
     )
+    try:
+        return receive(options)
+    except ListenError as exc:
+        print(f"relay receive: {exc}", file=sys.stderr)
+        return 1
 
 
 def _send(arguments: argparse.Namespace) -> int:
@@ -238,6 +246,21 @@ def _parser() -> argparse.ArgumentParser:
         "--wait",
         action="store_true",
         help="if another receiver has DIR, wait until it ends (default: fail)",
+    )
+    receive.add_argument(
+        "--admin",
+        metavar="ADDR",
+        type=_address,
+        help="host:port or unix:PATH for /healthz, /readyz and /metrics (default: none)",
+    )
+    told = receive.add_mutually_exclusive_group()
+    told.add_argument(
+        "--json", action="store_true", help="a JSON object a line for each delivered transfer"
+    )
+    told.add_argument(
+        "--quiet",
+        action="store_true",
+        help="tell only of problems: no line for each transfer, no progress on a terminal",
     )
     receive.set_defaults(run=_receive)
 

@@ -33,12 +33,12 @@ TABLE = """
     daemon                 | trio prometheus_client  | receiver
     check                  | trio                    | receiver server protocol
     allocator              |                         | all
-    systemd                | trio                    | all
                            |                         |
     receiver.consumer      | trio pika               | server transfer
     receiver.intake        |                         | server broker transfer protocol
     receiver.place         | trio                    | server broker transfer protocol
     receiver.dead_letters  | trio pika               | server transfer
+    receiver.operations    | trio                    | server broker transfer protocol
     receiver.admin         | trio                    | broker transfer protocol server.uploads
     receiver.console       | tqdm                    | server broker transfer protocol
     receiver.commands      | trio                    | all but receiver.figures config
@@ -84,6 +84,7 @@ TABLE = """
                            |                         |
     transfer               | trio                    | logs config
     tls                    | trio                    | all but config
+    systemd                | trio                    | all
     logs                   |                         | all but config
     config                 |                         | all
     backoff                |                         | all

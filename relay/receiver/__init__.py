@@ -28,6 +28,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -90,6 +91,14 @@ _HOLD: Final = 1200.0
 broker closes the channel of who holds one for 1,800 (RabbitMQ's ``consumer_timeout``)."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Rejection:
+    """Why a delivery must be rejected, for programs and for people."""
+
+    kind: str
+    reason: str
+
+
 class Receiver:
     """Messages of one queue, in the order of their delivery, into a sink.
 
@@ -137,8 +146,8 @@ class Receiver:
         self._earlier: dict[str, str] = {}
         # Since the last settlement, or held:
         self._tags: list[tuple[int, str]] = []
-        self._reject: dict[int, str] = {}
-        self._doomed: dict[str, str] = {}
+        self._reject: dict[int, _Rejection] = {}
+        self._doomed: dict[str, _Rejection] = {}
         self._delivered: list[Delivered] = []
         self._problems: list[Problem] = []
 
@@ -193,14 +202,14 @@ class Receiver:
             if not _TRANSFER_ID.fullmatch(transfer_id):
                 raise WireError("the transfer's id is not a UUID in lower case")
         except WireError as exc:
-            self._reject[tag] = f"not a frame: {exc}"
+            self._reject[tag] = _Rejection("not-a-frame", f"not a frame: {exc}")
             self._problems.append(Problem("not-a-frame", f"a message is not a frame: {exc}"))
             return
-        reason = self._take(item, transfer_id)
-        if reason is None:
+        rejection = self._take(item, transfer_id)
+        if rejection is None:
             self._tags.append((tag, transfer_id))
         else:
-            self._reject[tag] = reason
+            self._reject[tag] = rejection
 
     def settle(self) -> Settlement:
         """Make safe what was fed, and say which deliveries may be acked, or must be rejected.
@@ -221,13 +230,16 @@ class Receiver:
         self._problems += map(_expired, self._sink.sweep(self._expire_after))
         held = self._hold()
         done = [(tag, of) for tag, of in self._tags if of not in held]
+        # Frames that were good, of a transfer that then failed, are of use to nobody else than who
+        # looks at the dead letters.
+        doomed = {tag: self._doomed[of] for tag, of in done if of in self._doomed}
+        reject = self._reject | doomed
         settlement = Settlement(
-            tuple(tag for tag, of in done if of not in self._doomed),
-            # Frames that were good, of a transfer that then failed, are of use to nobody else
-            # than who looks at the dead letters.
-            self._reject | {tag: self._doomed[of] for tag, of in done if of in self._doomed},
+            tuple(tag for tag, _ in done if tag not in doomed),
+            {tag: rejection.reason for tag, rejection in reject.items()},
             tuple(self._delivered),
             tuple(self._problems),
+            Counter(rejection.kind for rejection in reject.values()),
             held.total(),
         )
         self._tags = [(tag, of) for tag, of in self._tags if of in held]
@@ -266,7 +278,7 @@ class Receiver:
             self._apply([self._reassembler.doom(transfer_id, seq, Fault.REFUSED, why)])
         return held
 
-    def _take(self, item: Frame | Abort, transfer_id: str) -> str | None:
+    def _take(self, item: Frame | Abort, transfer_id: str) -> _Rejection | None:
         """Returns why the delivery must be rejected; None if it may be acked once it is safe."""
         now = self._clock()
         seq = item.seq
@@ -292,13 +304,13 @@ class Receiver:
         elif known is not None:
             self._apply(self._reassembler.restore(transfer_id, known, now))
 
-    def _apply(self, events: list[Event]) -> str | None:
-        reason = None
+    def _apply(self, events: list[Event]) -> _Rejection | None:
+        rejection = None
         for event in events:
-            reason = self._apply_one(event) or reason
-        return reason
+            rejection = self._apply_one(event) or rejection
+        return rejection
 
-    def _apply_one(self, event: Event) -> str | None:
+    def _apply_one(self, event: Event) -> _Rejection | None:
         """Returns why the frame that caused the event must be rejected, if it must."""
         sink = self._sink
         match event:
@@ -337,17 +349,17 @@ class Receiver:
             case Stray():
                 reason = f"has no beginning: frame {event.seq} is the first that came"
                 self._report("stray", reason, event.transfer_id)
-                return reason
+                return _Rejection("stray", reason)
             case Ignored():
-                return "the transfer has failed"
+                return _Rejection("late", "the transfer has failed")
         return None
 
-    def _fail(self, event: Failed) -> str:
+    def _fail(self, event: Failed) -> _Rejection:
         reason = f"failed: {event.detail} ({event.fault})"
         self._sink.fail(event.transfer_id, reason)
-        self._doomed[event.transfer_id] = reason
+        rejection = self._doomed[event.transfer_id] = _Rejection(event.fault, reason)
         self._report(event.fault, reason, event.transfer_id)
-        return reason
+        return rejection
 
     def _report(self, kind: str, detail: str, transfer_id: str) -> None:
         self._problems.append(Problem(kind, detail, transfer_id))

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from signal import SIGINT, SIGTERM
-from typing import Final, TextIO
+from typing import Final
 
 import pika.exceptions
 import trio
@@ -22,13 +22,15 @@ from relay.broker.connect import Connector, backoff
 from relay.broker.session import translate
 from relay.config import AmqpConfig, ConfigError, parse_amqp_url
 from relay.errors import BrokerUnavailable
-from relay.receiver import Settlement, problems
+from relay.receiver import Settlement
+from relay.receiver.console import say as _say
 from relay.receiver.dead_letters import DeadLetters, DeadLettersLost, Letter, NoDeadLetterQueue
 from relay.receiver.files import STAGING, FileSink, OutputInUse, StorageOptions
 from relay.receiver.intake import Intake
 from relay.receiver.link import HELD_MAX, Delivery, Link, OneChannel
 from relay.receiver.names import DEFAULT_TEMPLATE, Template
 from relay.receiver.offsets import OffsetFile
+from relay.receiver.operations import OperationOptions, Operations
 from relay.receiver.place import AnotherStream, Place
 from relay.receiver.room import NO_ROOM, wait_for_room
 
@@ -86,6 +88,7 @@ class Options:
         certificate_file: a client certificate.
         key_file: its key.
         storage: how what comes is kept.
+        operation: how it is operated.
     """
 
     url: str
@@ -101,6 +104,7 @@ class Options:
     certificate_file: str = ""
     key_file: str = ""
     storage: StorageOptions = field(default_factory=StorageOptions)
+    operation: OperationOptions = field(default_factory=OperationOptions)
 
 
 def receive(options: Options) -> int:
@@ -116,6 +120,7 @@ def receive(options: Options) -> int:
 
     Raises:
         ConfigError: the URL, the template or a file for TLS cannot be used.
+        ListenError: the admin listener's address cannot be listened on.
     """
     connector = _connector(options)
     if options.dead_letter == options.queue:
@@ -179,6 +184,9 @@ class _Consumer:
             options.begin,
             _say,
         )
+        self._operations = Operations(
+            options.operation, lines=sys.stderr if options.storage.stdout else sys.stdout
+        )
         self._largest = 0
         self._full: OSError | None = None
         self._futile = 0
@@ -187,10 +195,15 @@ class _Consumer:
 
     async def run(self) -> int:
         """Returns the exit code."""
+        await self._operations.open()
         with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
+                await nursery.start(self._operations.run)
                 nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
-                await self._keep_consuming()
+                try:
+                    await self._keep_consuming()
+                finally:
+                    self._operations.stopping()
                 nursery.cancel_scope.cancel()
         unmet = self._options.count is not None and not self._intake.is_complete
         return 1 if self._failed or unmet else 0
@@ -204,6 +217,7 @@ class _Consumer:
                 continue
             if reason is None:
                 return
+            self._operations.idle(reason)
             # Once per change: a broker that is away for a night is not worth a line a minute.
             if reason != said or self._attempt == 0:
                 _say(f"{reason}; trying again until it works")
@@ -211,6 +225,7 @@ class _Consumer:
             # Jitter, not secrecy.
             await trio.sleep(backoff(self._attempt, random.random()))  # noqa: S311
             self._attempt += 1
+            self._operations.figures.reconnects += 1
 
     async def _open_output(self) -> bool:
         """Claim the directory, when there is room in it. False if that cannot be."""
@@ -223,6 +238,7 @@ class _Consumer:
                 if not self._options.wait:
                     self._fail(str(exc))
                     return False
+                self._operations.idle(str(exc))
                 if not said:
                     _say(f"{exc}; waiting until it ends")
                     said = True
@@ -275,6 +291,7 @@ class _Consumer:
                 nursery.start_soon(link.run)
                 if not await _opened(link, lambda: link.consuming):
                     return self._after(link.error, opened=link.consuming)
+                self._operations.consuming()
                 if link.is_stream:
                     await self._place.find(link, OPEN_TIMEOUT)
                 await self._take_in(link, letters)
@@ -302,10 +319,13 @@ class _Consumer:
             if batch:
                 quiet_since = trio.current_time()
                 self._place.see(batch[0])
+            self._operations.holds(len(batch) + len(link.deliveries), self._intake.open_transfers)
+            began = trio.current_time()
             try:
                 work = await trio.to_thread.run_sync(self._intake.work, batch)
                 fed = batch[: work.fed]
-                _report(work.settlement, sys.stderr if self._options.storage.stdout else sys.stdout)
+                sizes = [len(delivery.body) for delivery in fed]
+                self._operations.settled(work.settlement, sizes, trio.current_time() - began)
                 if letters is not None and not await self._bury(letters, fed, work.settlement):
                     return
                 if link.is_stream:
@@ -354,6 +374,7 @@ class _Consumer:
         frames = 2 * (self._prefetch // 2)
         size = min(frames * (self._largest or DEFAULT_FRAME_SIZE), HELD_MAX)
         _say(f"no room in {self._options.output}: {error.strerror}; waiting")
+        self._operations.idle(f"no room in {self._options.output}")
         await wait_for_room(
             self._options.output, size, frames * FILES_PER_FRAME, futile=self._futile
         )
@@ -420,22 +441,5 @@ async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope
         return
 
 
-def _report(settlement: Settlement, stream: TextIO) -> None:
-    for line in problems.lines(settlement.problems):
-        _say(line)
-    for delivered in settlement.delivered:
-        totals = delivered.totals
-        print(
-            f"transfer {delivered.transfer.id}  parts {totals.parts}  bytes {totals.bytes}"
-            f"  {delivered.where}",
-            file=stream,
-            flush=True,
-        )
-
-
 def _flag(key: str) -> str:
     return "--amqp" if key == "urls" else "--" + key.replace("_", "-")
-
-
-def _say(text: str) -> None:
-    print(f"relay receive: {text}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ Values only; they know no AMQP library, and no sink.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from relay.model import Totals, Transfer
 
@@ -53,6 +53,8 @@ class Settlement:
             the reason, one line for people.
         delivered: transfers that are complete.
         problems: what went wrong, each told once.
+        rejected: how many of ``reject`` there are of each kind: a ``Problem``'s, or ``late`` for
+            frames of a transfer that had failed before.
         held: number of deliveries that must wait for the end of their transfer. Always 0 if the
             sink has a ``save``.
     """
@@ -61,4 +63,5 @@ class Settlement:
     reject: Mapping[int, str]
     delivered: tuple[Delivered, ...]
     problems: tuple[Problem, ...]
+    rejected: Mapping[str, int] = field(default_factory=dict)
     held: int = 0
