@@ -78,7 +78,12 @@ def _receive(arguments: argparse.Namespace) -> int:
             quarantine_keep=arguments.quarantine_keep,
         ),
         operation=OperationOptions(
-            admin=arguments.admin, as_json=arguments.json, quiet=arguments.quiet
+            admin=arguments.admin,
+            as_json=arguments.json,
+            quiet=arguments.quiet,
+            command=arguments.exec,
+            command_tries=arguments.exec_tries,
+            command_jobs=arguments.exec_jobs,
         ),
     )
     try:
@@ -248,6 +253,27 @@ def _parser() -> argparse.ArgumentParser:
         help="if another receiver has DIR, wait until it ends (default: fail)",
     )
     receive.add_argument(
+        "--exec",
+        metavar="CMD",
+        help="run CMD in DIR for each delivered transfer, at least once, without a shell:"
+        " RELAY_WHERE, RELAY_RECEIPT, RELAY_TRANSFER, RELAY_ROUTE and RELAY_CLIENT are set, the"
+        " receipt is on standard input; --count counts a transfer when its CMD is through",
+    )
+    receive.add_argument(
+        "--exec-tries",
+        metavar="N",
+        type=_not_negative,
+        default=5,
+        help="after N failures of CMD the transfer goes into quarantine; 0: never (default 5)",
+    )
+    receive.add_argument(
+        "--exec-jobs",
+        metavar="N",
+        type=_positive,
+        default=1,
+        help="how many of CMD run at a time (default 1)",
+    )
+    receive.add_argument(
         "--admin",
         metavar="ADDR",
         type=_address,
@@ -341,6 +367,12 @@ def _address(value: str) -> str:
         return parse_address(value)
     except ValueError as exc:
         raise argparse.ArgumentTypeError(f"must be {exc}") from exc
+
+
+def _not_negative(value: str) -> int:
+    if not value.isdecimal():
+        raise argparse.ArgumentTypeError("must be an integer of 0 or more")
+    return int(value)
 
 
 def _positive(value: str) -> int:

@@ -49,7 +49,7 @@ class Due(Protocol):
         """The transfer."""
 
     @property
-    def where(self) -> str:
+    def where(self) -> Path:
         """The path of what was delivered."""
 
     @property
@@ -64,7 +64,8 @@ class Due(Protocol):
 class Work(Protocol):
     """Remembers across crashes what is due.
 
-    Called by one thread at a time, which may be another one than that which writes transfers.
+    Called by one thread at a time, also while another one writes transfers. Whatever cannot be
+    noted now is an OSError.
     """
 
     def pending(self) -> Sequence[Due]:

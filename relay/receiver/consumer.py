@@ -22,7 +22,8 @@ from relay.broker.connect import Connector, backoff
 from relay.broker.session import translate
 from relay.config import AmqpConfig, ConfigError, parse_amqp_url
 from relay.errors import BrokerUnavailable
-from relay.receiver import Settlement
+from relay.receiver import Settlement, operations
+from relay.receiver.commands import Commands
 from relay.receiver.console import say as _say
 from relay.receiver.dead_letters import DeadLetters, DeadLettersLost, Letter, NoDeadLetterQueue
 from relay.receiver.files import STAGING, FileSink, OutputInUse, StorageOptions
@@ -125,12 +126,15 @@ def receive(options: Options) -> int:
     connector = _connector(options)
     if options.dead_letter == options.queue:
         raise ConfigError("--dead-letter: must be another queue than --queue")
+    if options.storage.stdout and options.operation.command is not None:
+        raise ConfigError("--stdout: writes no files, so it goes without --exec")
     template = _template(options.storage)
     intake = Intake(
         lambda: _sink(options, template), count=options.count, expire_after=options.storage.expire
     )
+    commands = operations.commands(options.operation, intake, options.output, limit=options.count)
     try:
-        return trio.run(_Consumer(connector, intake, options).run)
+        return trio.run(_Consumer(connector, intake, options, commands).run)
     finally:
         intake.discard()
 
@@ -152,6 +156,7 @@ def _sink(options: Options, template: Template) -> FileSink:
         overwrite=storage.overwrite,
         stdout=sys.stdout.fileno() if storage.stdout else None,
         quarantine_keep=storage.quarantine_keep,
+        pending=options.operation.command is not None,
     )
 
 
@@ -172,7 +177,13 @@ def _connector(options: Options) -> Connector:
 class _Consumer:
     """Connects, consumes, reconnects, until there is a reason to stop."""
 
-    def __init__(self, connector: Connector, intake: Intake, options: Options) -> None:
+    def __init__(
+        self,
+        connector: Connector,
+        intake: Intake,
+        options: Options,
+        commands: Commands | None,
+    ) -> None:
         (self._broker,) = connector.brokers
         self._connector = connector
         self._intake = intake
@@ -185,7 +196,9 @@ class _Consumer:
             _say,
         )
         self._operations = Operations(
-            options.operation, lines=sys.stderr if options.storage.stdout else sys.stdout
+            options.operation,
+            lines=sys.stderr if options.storage.stdout else sys.stdout,
+            commands=commands,
         )
         self._largest = 0
         self._full: OSError | None = None
@@ -199,18 +212,26 @@ class _Consumer:
         with trio.open_signal_receiver(SIGINT, SIGTERM) as signals:
             async with trio.open_nursery() as nursery:
                 await nursery.start(self._operations.run)
-                nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
-                try:
-                    await self._keep_consuming()
-                finally:
-                    self._operations.stopping()
+                nursery.start_soon(self._stop_on_signal, signals, nursery.cancel_scope)
+                await self._keep_consuming()
+                if not self._failed:
+                    await self._operations.finish()
+                    self._failed = self._operations.given_up > 0
+                self._operations.stopping()
                 nursery.cancel_scope.cancel()
-        unmet = self._options.count is not None and not self._intake.is_complete
+        done = self._intake.is_complete and not self._operations.due
+        unmet = self._options.count is not None and not done
         return 1 if self._failed or unmet else 0
+
+    async def _stop_on_signal(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+        await anext(signals)
+        self._operations.stopping()
+        scope.cancel()
 
     async def _keep_consuming(self) -> None:
         said = ""
-        while await self._open_output():
+        while await self._open_output() and not self._intake.is_complete:
+            await self._operations.wait_to_resume()
             reason = await self._consume_once()
             if self._full is not None:
                 await self._wait_for_room(self._full)
@@ -233,6 +254,7 @@ class _Consumer:
         while True:
             try:
                 await trio.to_thread.run_sync(self._intake.open)
+                await self._operations.take_up()
                 return True
             except OutputInUse as exc:
                 if not self._options.wait:
@@ -326,6 +348,7 @@ class _Consumer:
                 fed = batch[: work.fed]
                 sizes = [len(delivery.body) for delivery in fed]
                 self._operations.settled(work.settlement, sizes, trio.current_time() - began)
+                await self._operations.take_up()
                 if letters is not None and not await self._bury(letters, fed, work.settlement):
                     return
                 if link.is_stream:
@@ -338,6 +361,8 @@ class _Consumer:
             self._attempt = self._futile = 0
             if self._intake.is_complete or self._is_quiet(trio.current_time() - quiet_since):
                 return
+            if (reason := await self._operations.wait_room()) is not None:
+                link.drop(reason)
 
     async def _bury(
         self, letters: DeadLetters, fed: list[Delivery], settlement: Settlement
@@ -433,12 +458,6 @@ async def _opened(channel: OneChannel, ready: Callable[[], bool]) -> bool:
 async def _end_with(first: OneChannel, second: OneChannel) -> None:
     await first.wait_until(lambda: False)
     second.drop("the other connection has ended")
-
-
-async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    async for _ in signals:
-        scope.cancel()
-        return
 
 
 def _flag(key: str) -> str:

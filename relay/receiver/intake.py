@@ -1,19 +1,23 @@
 """The side of ``relay receive`` that touches the disk: batches of deliveries in, settlements out.
 
-It runs in a worker thread, one call at a time. When the disk is full it lets go of everything, as
-a crash would, and begins again from what is safe: there is one way of recovering, and it is the
-one that is tested with kill -9. It knows no connection.
+It runs in a worker thread, one call at a time; what has to do with commands, in another one. When
+the disk is full it lets go of everything, as a crash would, and begins again from what is safe:
+there is one way of recovering, and it is the one that is tested with kill -9. It knows no
+connection.
 """
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Final
 
 from relay.receiver import Receiver, Settlement
 from relay.receiver.files import FileSink
 from relay.receiver.link import Delivery
+from relay.receiver.pending import Pending
 
 BATCH_TIME: Final = 5.0
 """Seconds of writing after which a batch is settled, however many deliveries are left of it: a
@@ -62,6 +66,10 @@ class Intake:
         self._sink: FileSink | None = None
         self._receiver: Receiver | None = None
         self._delivered = 0
+        # What earlier processes delivered, and is due; None before it is known.
+        self._due_before: frozenset[str] | None = None
+        # Held while the sink is closed, or used by who runs commands.
+        self._in_use = Lock()
         self._recent: deque[str] = deque(maxlen=RECENT)
 
     @property
@@ -84,6 +92,10 @@ class Intake:
         if self._sink is None:
             self._sink = self._open_sink()
             self._receiver = Receiver(self._sink, expire_after=self._expire_after)
+            if self._due_before is None:
+                # They count now, because they did not count then: their commands were due.
+                self._due_before = frozenset(due.transfer_id for due in self._sink.pending())
+                self._delivered = len(self._due_before)
 
     def work(self, batch: Sequence[Delivery]) -> Work:
         """Feed deliveries, as many as there is time for, and settle them.
@@ -107,14 +119,46 @@ class Intake:
         # does, to a new receiver, what was settled and could not be acked.
         new = [d for d in settlement.delivered if d.transfer.id not in self._recent]
         self._recent.extend(delivered.transfer.id for delivered in new)
-        self._delivered += len(new)
+        self._delivered += sum(d.transfer.id not in (self._due_before or ()) for d in new)
         return Work(replace(settlement, delivered=tuple(new)), fed)
 
     def discard(self) -> None:
         """Let go of sink and receiver as a crash would."""
-        sink, self._sink, self._receiver = self._sink, None, None
-        if sink is not None:
-            sink.close()
+        with self._in_use:
+            sink, self._sink, self._receiver = self._sink, None, None
+            if sink is not None:
+                sink.close()
+
+    # --- for commands: called by another thread, also while a batch is worked on ---------------
+
+    def pending(self) -> Sequence[Pending]:
+        """Transfers whose command is due, the oldest first."""
+        with self._in_use:
+            return [] if self._sink is None else self._sink.pending()
+
+    def done(self, transfer_id: str) -> None:
+        """Its command has succeeded. Raises OSError if that cannot be noted now."""
+        with self._open_sink_in_use() as sink:
+            sink.done(transfer_id)
+
+    def note_try(self, transfer_id: str) -> None:
+        """Its command has failed once more. Raises as ``done`` does."""
+        with self._open_sink_in_use() as sink:
+            sink.note_try(transfer_id)
+
+    def give_up(self, transfer_id: str, reason: str) -> None:
+        """Its command has failed for good: into quarantine with it. Raises as ``done`` does."""
+        with self._open_sink_in_use() as sink:
+            sink.give_up(transfer_id, reason)
+
+    @contextmanager
+    def _open_sink_in_use(self) -> Iterator[FileSink]:
+        with self._in_use:
+            if self._sink is None:
+                raise OSError("the output directory is not open now")
+            # Not pending any more: another process had the directory meanwhile, and has done it.
+            with suppress(KeyError):
+                yield self._sink
 
 
 def _feed(receiver: Receiver, delivery: Delivery) -> None:

@@ -6,13 +6,14 @@ The consumer tells it what happens; it decides nothing about deliveries and know
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, TextIO
 
 import trio
 
 from relay.receiver import Settlement, problems
 from relay.receiver.admin import Admin
-from relay.receiver.commands import STOP_GRACE, Command, Commands, Work
+from relay.receiver.commands import STOP_GRACE, Command, Commands, Work, split
 from relay.receiver.console import Console, say
 from relay.receiver.figures import Figures
 from relay.systemd import Notifier, Rate
@@ -38,15 +39,44 @@ class OperationOptions:
 
     Attributes:
         admin: the admin listener's address; None for none.
-        command: for each delivered transfer, if any.
+        command: a command line for each delivered transfer; None for none.
+        command_tries: failures after which it is given up; 0 for never.
+        command_jobs: how many run at a time.
         as_json: the lines on standard output.
         quiet: neither lines on standard output nor progress.
     """
 
     admin: str | None = None
-    command: Command | None = None
+    command: str | None = None
+    command_tries: int = 5
+    command_jobs: int = 1
     as_json: bool = False
     quiet: bool = False
+
+
+def commands(
+    options: OperationOptions, work: Work, directory: Path, *, limit: int | None
+) -> Commands | None:
+    """The commands that are asked for, if any.
+
+    Args:
+        options: what is asked for.
+        work: where due commands are kept.
+        directory: where they run.
+        limit: transfers after which the consumer ends.
+
+    Raises:
+        ConfigError: there is no such program.
+    """
+    if options.command is None:
+        return None
+    command = Command(
+        arguments=split(options.command),
+        directory=directory,
+        tries=options.command_tries,
+        jobs=options.command_jobs,
+    )
+    return Commands(work, command, say, limit=limit)
 
 
 class Operations:
@@ -57,27 +87,18 @@ class Operations:
         options: OperationOptions,
         *,
         lines: TextIO | None = None,
-        work: Work | None = None,
-        limit: int | None = None,
+        commands: Commands | None = None,
     ) -> None:
-        """Makes one that has yet to be opened and run.
-
-        Args:
-            options: what is asked for.
-            lines: where there is one for each transfer; None: standard output.
-            work: where due commands are kept.
-            limit: transfers after which the consumer ends.
-        """
+        """``lines``: where there is one for each transfer; None: standard output."""
         self.figures = Figures()
         self._console = Console(lines, as_json=options.as_json, quiet=options.quiet)
         self._address = options.admin
         self._admin = Admin(self.figures)
         self._systemd = Notifier()
         self._rate = Rate()
-        self._commands: Commands | None = None
-        if options.command is not None and work is not None:
-            self._commands = Commands(work, options.command, say, limit=limit)
-            self.figures.commands = self._commands.figures
+        self._commands = commands
+        if commands is not None:
+            self.figures.commands = commands.figures
 
     async def open(self) -> None:
         """Listen, if that is asked for.
@@ -144,9 +165,9 @@ class Operations:
         return 0 if self._commands is None else self._commands.figures.given_up
 
     @property
-    def taken_up(self) -> int:
-        """Transfers whose command is due or over."""
-        return 0 if self._commands is None else self._commands.known
+    def due(self) -> int:
+        """Transfers taken up whose command has neither succeeded nor was given up."""
+        return 0 if self._commands is None else self._commands.figures.due
 
     async def take_up(self) -> None:
         """Have the commands run that have become due.
@@ -163,9 +184,9 @@ class Operations:
         Returns:
             None when that is so; after HOLD seconds, the reason to give the connection up.
         """
-        if self._commands is None or self._commands.figures.due < DUE_MAX:
+        if self._commands is None or self.due < DUE_MAX:
             return None
-        reason = f"{self._commands.figures.due} commands are due; receiving no more meanwhile"
+        reason = f"{self.due} commands are due; receiving no more meanwhile"
         self.idle(reason)
         with trio.move_on_after(HOLD):
             await self._commands.wait_due(below=DUE_MAX)
@@ -175,7 +196,7 @@ class Operations:
 
     async def wait_to_resume(self) -> None:
         """While no connection is held: wait until there is work for one."""
-        if self._commands is not None and self._commands.figures.due >= DUE_MAX:
+        if self._commands is not None and self.due >= DUE_MAX:
             await self._commands.wait_due(below=DUE_RESUME)
 
     async def finish(self) -> None:

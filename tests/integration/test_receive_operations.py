@@ -2,55 +2,18 @@
 
 import json
 import os
-import re
 import signal
 import socket
-import urllib.error
-import urllib.request
 from pathlib import Path
 from random import Random
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.notify_socket import Manager
-from tests.receiving import FRAME, MakeQueue, Receiver, Start, check, cut, eventually
+from tests.receiver_admin import admin_url, ready, scrape
+from tests.receiving import FRAME, MakeQueue, Start, check, cut, eventually
 
 BODY = Random(11).randbytes(3 * FRAME)
-
-
-def admin_url(receiver: Receiver) -> str:
-    address = ""
-
-    def told() -> bool:
-        nonlocal address
-        found = re.search(r"health and metrics at (\S+)\n", receiver.err)
-        address = found[1] if found else ""
-        return bool(found)
-
-    eventually(told, "the admin listener's address")
-    return f"http://{address}"
-
-
-def ready(url: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"{url}/readyz", timeout=10) as response:  # noqa: S310
-            return response.status, response.read().decode()
-    except urllib.error.HTTPError as exc:
-        with exc:
-            return exc.code, exc.read().decode()
-
-
-def scrape(url: str) -> dict[str, float]:
-    """Samples by name and labels; buckets left out."""
-    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as response:  # noqa: S310
-        text = response.read().decode()
-    return {
-        sample.name + "".join(f"{{{value}}}" for value in sample.labels.values()): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-        if not sample.name.endswith("_bucket")
-    }
 
 
 def test_metrics_move_with_what_is_received_and_rejected(
@@ -71,11 +34,11 @@ def test_metrics_move_with_what_is_received_and_rejected(
     assert found["relay_receive_bytes_total"] == sum(len(frame.body) for frame in fed)
     assert found["relay_receive_problems_total{gap}"] == 1
     assert found["relay_receive_open_transfers"] == 1
-    assert found["relay_receive_unsettled"] == 0
     assert found["relay_receive_settle_seconds_count"] >= 1
     assert found["relay_receive_last_delivery_timestamp_seconds"] > 1.7e9
     assert found["relay_receive_reconnects_total"] == 0
     assert found["relay_receive_up"] == 1
+    eventually(lambda: scrape(url)["relay_receive_unsettled"] == 0, "all is settled")
     assert receiver.stop(signal.SIGTERM) == 0
 
 
