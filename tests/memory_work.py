@@ -28,6 +28,7 @@ class MemoryWork:
         where = self.directory / transfer_id
         where.mkdir()
         document = {"transfer": transfer_id, "route": "default", "client": None, **head}
+        document |= {"began": 1, "idempotency_key": None}
         receipt = where / "receipt.json"
         receipt.write_text(json.dumps(document)[:-1] + ', "parts": [\n  {"part": 0}\n]}\n')
         self.due.append(Due(transfer_id, where, receipt, tries))

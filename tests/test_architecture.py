@@ -41,7 +41,7 @@ TABLE = """
     receiver.operations    | trio                    | server broker transfer protocol
     receiver.admin         | trio                    | broker transfer protocol server.uploads
     receiver.console       | tqdm                    | server broker transfer protocol
-    receiver.commands      | trio                    | all but receiver.figures config
+    receiver.commands      | trio                    | server broker transfer protocol
     receiver.figures       | prometheus_client       | all
     receiver.link          | trio pika               | server transfer protocol
     receiver.room          | trio                    | all

@@ -5,7 +5,6 @@ at least once each, in the order of delivery. A transfer is acked long before, s
 the broker's counts how long a command takes. What a queue is, this module does not know.
 """
 
-import json
 import os
 import random
 import shlex
@@ -16,12 +15,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 import trio
 
 from relay.config import ConfigError
 from relay.receiver.figures import CommandFigures
+from relay.receiver.receipts import read_head, transfer_of
 
 FIRST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 300.0
@@ -33,12 +33,7 @@ STOP_GRACE: Final = 10.0
 _DISK_PAUSE: Final = 5.0
 """Seconds between attempts to note a result on a disk that takes nothing."""
 
-_HEAD_MAX: Final = 1 << 20
-"""Bytes of a receipt's first line, which a few short headers of a frame make up."""
-
 _STDERR: Final = 2
-
-T = TypeVar("T")
 
 
 class Due(Protocol):
@@ -205,7 +200,7 @@ class Commands:
             except OSError as exc:
                 problem: str | None = f"the command cannot be run: {exc}"
             except ValueError as exc:
-                problem = f"its receipt cannot be read: {exc}"
+                problem = f"the receipt is none: {exc}"
             else:
                 problem = _problem(status)
             finally:
@@ -264,31 +259,24 @@ def _problem(status: int) -> str | None:
 
 
 def _prepare(due: Due) -> tuple[int, dict[str, str]]:
-    """The receipt, opened, and the command's environment.
+    """The receipt, opened for the command, and the command's environment.
 
     Raises:
         OSError: the receipt cannot be opened.
         ValueError: it is none.
     """
-    receipt = os.open(due.receipt, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        # Without moving the position that the command will read from. Parts may be very many;
-        # they begin with the second line.
-        head = json.loads(os.pread(receipt, _HEAD_MAX, 0).partition(b"\n")[0] + b"]}")
-        told = {
-            "RELAY_TRANSFER": due.transfer_id,
-            "RELAY_ROUTE": str(head["route"]),
-            "RELAY_CLIENT": str(head["client"] or ""),
-            "RELAY_WHERE": os.path.abspath(due.where),
-            "RELAY_RECEIPT": os.path.abspath(due.receipt),
-        }
-    except (LookupError, TypeError) as exc:
-        os.close(receipt)
-        raise ValueError(f"no {exc}") from exc
-    except BaseException:
-        os.close(receipt)
-        raise
-    return receipt, os.environ | {name: _without_zeros(value) for name, value in told.items()}
+    with due.receipt.open("rb") as file:
+        transfer = transfer_of(read_head(file))
+    # What was delivered is its owner's to change: these may be anything by now.
+    told = {
+        "RELAY_TRANSFER": due.transfer_id,
+        "RELAY_ROUTE": str(transfer.route),
+        "RELAY_CLIENT": str(transfer.client or ""),
+        "RELAY_WHERE": os.path.abspath(due.where),
+        "RELAY_RECEIPT": os.path.abspath(due.receipt),
+    }
+    environment = os.environ | {name: _without_zeros(value) for name, value in told.items()}
+    return os.open(due.receipt, os.O_RDONLY | os.O_CLOEXEC), environment
 
 
 def _without_zeros(value: str) -> str:

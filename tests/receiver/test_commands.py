@@ -185,8 +185,8 @@ async def test_a_receipt_that_is_gone_or_none_is_a_failure_like_others(
     bench.work.deliver("else").receipt.write_text('{"parts": [')
     await bench.run("true", tries=2)
     assert "cannot be run: [Errno 2]" in bench.work.given_up["gone"]
-    assert "receipt cannot be read" in bench.work.given_up["none"]
-    assert "receipt cannot be read: no 'route'" in bench.work.given_up["else"]
+    assert "the receipt is none: " in bench.work.given_up["none"]
+    assert "the receipt is none: " in bench.work.given_up["else"]
 
 
 async def test_a_result_that_the_disk_does_not_take_is_noted_later(

@@ -15,12 +15,17 @@ from prometheus_client.parser import text_string_to_metric_families
 from trio.testing import MockClock
 
 from relay.model import Totals, Transfer
-from relay.receiver import Delivered, Problem, Settlement
+from relay.protocol.wire import APP_ID, encode_frame
+from relay.receiver import Delivered, Problem, Receiver, Settlement
 from relay.receiver.admin import Admin
 from relay.receiver.console import Console, say
 from relay.receiver.figures import CommandFigures, Figures
-from relay.receiver.operations import OperationOptions, Operations
+from relay.receiver.files import FileSink
+from relay.receiver.operations import DUE_MAX, DUE_RESUME, HOLD, OperationOptions, Operations
+from relay.receiver.operations import commands as make_commands
+from tests.memory_work import MemoryWork
 from tests.notify_socket import Manager
+from tests.receiving import FRAME, cut
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -131,6 +136,60 @@ async def test_systemd_hears_ready_once_it_consumes_and_how_it_goes(
         ["STOPPING=1", "EXTEND_TIMEOUT_USEC=20000000"],
     ]
     manager.close()
+
+
+async def test_reception_waits_while_many_commands_are_due_but_holds_no_connection_for_long(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    work = MemoryWork(tmp_path)
+    for number in range(DUE_MAX):
+        work.deliver(f"t{number}")
+    options = OperationOptions(quiet=True, command="false", command_tries=1, command_jobs=8)
+    commands = make_commands(options, work, tmp_path, limit=None)
+    assert commands is not None
+    operations = Operations(options, commands=commands)
+    began = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(operations.run)
+        operations.consuming()
+        assert await operations.wait_room() is None
+        # What fails for good is noted when the disk takes it, and is due meanwhile.
+        work.full = True
+        await operations.take_up()
+        reason = await operations.wait_room()
+        assert reason == "100 commands are due; receiving no more meanwhile"
+        assert trio.current_time() - began == pytest.approx(HOLD)
+        assert operations.figures.idle_because == reason
+        work.full = False
+        await operations.wait_to_resume()
+        assert operations.due < DUE_RESUME
+        assert await operations.wait_room() is None
+        await operations.finish()
+        assert (operations.due, operations.given_up) == (0, DUE_MAX)
+        nursery.cancel_scope.cancel()
+
+
+def test_what_is_rejected_is_counted_by_kind(tmp_path: Path) -> None:
+    gap, stray = (cut(("x", b"x" * 4 * FRAME)) for _ in range(2))
+    receiver = Receiver(FileSink(tmp_path / "output"))
+    for tag, frame in enumerate([gap[0], gap[2], gap[3], stray[1]], 1):
+        message = encode_frame(frame)
+        receiver.feed(
+            tag,
+            app_id=APP_ID,
+            type=message.type,
+            correlation_id=message.correlation_id,
+            timestamp=message.timestamp,
+            headers=message.headers,
+            body=message.body,
+        )
+    receiver.feed(
+        5, app_id=None, type=None, correlation_id=None, timestamp=None, headers=None, body=b""
+    )
+    settlement = receiver.settle()
+    assert len(settlement.reject) == 5
+    # The first frame, good as it was, is rejected with the one behind the gap.
+    assert settlement.rejected == {"gap": 2, "late": 1, "stray": 1, "not-a-frame": 1}
 
 
 def test_lines_are_for_people_or_for_programs_or_not_there(
