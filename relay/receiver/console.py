@@ -47,6 +47,11 @@ class Console:
         if self._progress is not None:
             self._progress.close()
 
+    def note(self, text: str) -> None:
+        """A line that is no problem, on standard error."""
+        if not self._quiet:
+            say(text)
+
     def delivered(self, delivered: Delivered) -> None:
         """A line about a transfer."""
         if self._quiet:

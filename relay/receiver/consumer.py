@@ -238,6 +238,8 @@ class _Consumer:
                 continue
             if reason is None:
                 return
+            if self._operations.paused:
+                continue
             self._operations.idle(reason)
             # Once per change: a broker that is away for a night is not worth a line a minute.
             if reason != said or self._attempt == 0:
@@ -341,13 +343,17 @@ class _Consumer:
             if batch:
                 quiet_since = trio.current_time()
                 self._place.see(batch[0])
-            self._operations.holds(len(batch) + len(link.deliveries), self._intake.open_transfers)
+            self._operations.holds(len(batch) + len(link.deliveries))
             began = trio.current_time()
             try:
                 work = await trio.to_thread.run_sync(self._intake.work, batch)
                 fed = batch[: work.fed]
-                sizes = [len(delivery.body) for delivery in fed]
-                self._operations.settled(work.settlement, sizes, trio.current_time() - began)
+                self._operations.settled(
+                    work.settlement,
+                    [len(delivery.body) for delivery in fed],
+                    trio.current_time() - began,
+                    open_transfers=self._intake.open_transfers,
+                )
                 await self._operations.take_up()
                 if letters is not None and not await self._bury(letters, fed, work.settlement):
                     return

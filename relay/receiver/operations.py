@@ -96,6 +96,8 @@ class Operations:
         self._admin = Admin(self.figures)
         self._systemd = Notifier()
         self._rate = Rate()
+        self.paused = False
+        """Whether ``wait_room`` had the connection given up: ``wait_to_resume`` must follow."""
         self._commands = commands
         if commands is not None:
             self.figures.commands = commands.figures
@@ -108,7 +110,7 @@ class Operations:
         """
         if self._address is not None:
             for address in await self._admin.open(self._address):
-                say(f"health and metrics at {address}")
+                self._console.note(f"health and metrics at {address}")
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve, tell systemd and run commands until cancelled, which ends commands that run."""
@@ -134,16 +136,26 @@ class Operations:
         """Nothing is consumed for now; ``reason`` is for people."""
         self.figures.idle_because = reason
 
-    def holds(self, unsettled: int, open_transfers: int) -> None:
-        """Deliveries not yet settled, and transfers not yet complete."""
+    def holds(self, unsettled: int) -> None:
+        """So many deliveries have been taken from the broker, and neither acked nor rejected."""
         self.figures.unsettled = unsettled
-        self.figures.open_transfers = open_transfers
 
-    def settled(self, settlement: Settlement, sizes: Sequence[int], seconds: float) -> None:
-        """A batch of deliveries with bodies of these ``sizes`` was made safe in so many seconds."""
+    def settled(
+        self, settlement: Settlement, sizes: Sequence[int], seconds: float, *, open_transfers: int
+    ) -> None:
+        """A batch has been made safe.
+
+        Args:
+            settlement: what became of it.
+            sizes: bytes of each delivery's body.
+            seconds: for how long it was worked on.
+            open_transfers: begun and not complete, after it.
+        """
         figures = self.figures
         figures.frames += len(sizes)
         figures.bytes += sum(sizes)
+        figures.unsettled -= len(sizes)
+        figures.open_transfers = open_transfers
         figures.transfers += len(settlement.delivered)
         figures.rejected.update(settlement.rejected)
         figures.problems.update(problem.kind for problem in settlement.problems)
@@ -186,18 +198,24 @@ class Operations:
         """
         if self._commands is None or self.due < DUE_MAX:
             return None
-        reason = f"{self.due} commands are due; receiving no more meanwhile"
+        reason = f"{self.due} commands are due"
         self.idle(reason)
         with trio.move_on_after(HOLD):
             await self._commands.wait_due(below=DUE_MAX)
             self.consuming()
             return None
+        self.paused = True
         return reason
 
     async def wait_to_resume(self) -> None:
         """While no connection is held: wait until there is work for one."""
-        if self._commands is not None and self.due >= DUE_MAX:
-            await self._commands.wait_due(below=DUE_RESUME)
+        if self._commands is None or not (self.paused or self.due >= DUE_MAX):
+            return
+        reason = f"{self.due} commands are due; receiving no more until there are fewer"
+        self.idle(reason)
+        say(reason)
+        await self._commands.wait_due(below=DUE_RESUME)
+        self.paused = False
 
     async def finish(self) -> None:
         """Wait until every command taken up has succeeded or was given up."""
