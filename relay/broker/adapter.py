@@ -18,8 +18,9 @@ from typing import Final
 
 import pika.exceptions
 import trio
+from pika import frame as amqp
 from pika.connection import Connection, Parameters
-from pika.spec import FRAME_BODY, FRAME_END, FRAME_METHOD, Basic
+from pika.spec import FRAME_BODY, FRAME_END, FRAME_HEADER, FRAME_METHOD, Basic, BasicProperties
 
 from relay.tls import explain
 
@@ -36,7 +37,12 @@ of it. It holds copies of them, joined and encrypted, while they are on their wa
 LAST_WORDS: Final = 1.0
 """Seconds in which the reader finds the end of a stream that can no longer be written to."""
 
-_BODY_HEADER: Final = struct.Struct(">BHI")
+_FRAME_START: Final = struct.Struct(">BHI")
+"""Type, channel and payload size of an AMQP frame."""
+
+_HEADER_START: Final = struct.Struct(">HHQ")
+"""Class, weight and body size: how the payload of a content header begins."""
+
 _FRAME_END: Final = bytes([FRAME_END])
 
 # The whole AMQP frame of a basic.ack: type, channel, payload size, method, tag, bits, frame end.
@@ -52,11 +58,13 @@ _MALFORMED = (
     ArithmeticError,
     AttributeError,
     LookupError,
+    OSError,
     RecursionError,
     TypeError,
     ValueError,
 )
-"""What pika's decoder raises on bytes that are not AMQP, apart from its own exceptions."""
+"""What pika's decoder raises on bytes that are not AMQP, apart from its own exceptions; OSError is
+what datetime says of a date out of range."""
 
 
 class TrioConnection(Connection):
@@ -136,7 +144,7 @@ class TrioConnection(Connection):
         head = method + header
         if size <= self._body_max_length:
             if size:
-                head += _BODY_HEADER.pack(FRAME_BODY, channel_number, size)
+                head += _FRAME_START.pack(FRAME_BODY, channel_number, size)
                 self._emit(head, body, _FRAME_END)
             else:
                 self._emit(head)
@@ -144,7 +152,7 @@ class TrioConnection(Connection):
         view = memoryview(body)
         for start in range(0, size, self._body_max_length):
             piece = view[start : start + self._body_max_length]
-            head += _BODY_HEADER.pack(FRAME_BODY, channel_number, len(piece))
+            head += _FRAME_START.pack(FRAME_BODY, channel_number, len(piece))
             self._emit(head, piece)
             head = _FRAME_END
         self._emit(head)
@@ -261,6 +269,20 @@ class TrioConnection(Connection):
             self._nursery.cancel_scope.cancel()
 
     # --- the hooks that pika calls -------------------------------------------------------------
+
+    def _read_frame(self) -> tuple[int, amqp.Frame | amqp.ProtocolHeader | None]:
+        try:
+            return super()._read_frame()
+        except _MALFORMED:
+            kind, channel, size = _FRAME_START.unpack_from(self._frame_buffer)
+            end = _FRAME_START.size + size
+            if kind != FRAME_HEADER or not channel or self._frame_buffer[end] != FRAME_END:
+                raise
+            # Brokers pass on headers of which pika cannot make sense, such as tables in tables in
+            # tables. One such message, coming again after each lost connection, would stop its
+            # consumer for ever; so it is delivered without its properties.
+            _, _, body_size = _HEADER_START.unpack_from(self._frame_buffer, _FRAME_START.size)
+            return end + 1, amqp.Header(channel, body_size, BasicProperties())
 
     def _adapter_emit_data(self, data: bytes | memoryview) -> None:
         self._queue.append(data)

@@ -342,6 +342,7 @@ NONSENSE = {
     "an infinite float": _field(b"f", struct.pack(">f", math.inf)),
     "a float that is no number": _field(b"d", struct.pack(">d", math.nan)),
     "a time beyond time": _field(b"T", b"\xff" * 8),
+    "a time that datetime calls too large": _field(b"T", struct.pack(">Q", 1 << 62)),
     "tables in tables in tables": _field(b"F", NESTED),
     "a broker of no version": _method(0, spec.Connection.Start(0, 0, {}, "PLAIN")),
     "no mechanism that we know": _method(0, spec.Connection.Start(0, 9, {}, "GSSAPI")),
@@ -360,6 +361,45 @@ NONSENSE = {
     + amqp.Body(1, b"xyz").marshal(),
     "a header of another class": struct.pack(">BHI", 2, 1, 14) + b"\xff" * 14 + b"\xce",
 }
+
+
+UNDECODABLE = {
+    "a time beyond time": b"\x01kT" + b"\xff" * 8,
+    "a time that datetime calls too large": b"\x01kT" + struct.pack(">Q", 1 << 62),
+    "tables in tables in tables": b"\x01kF" + NESTED,
+    "an unknown type": b"\x01k?",
+}
+
+
+@pytest.mark.parametrize("table", UNDECODABLE.values(), ids=UNDECODABLE.keys())
+async def test_a_message_whose_headers_cannot_be_decoded_is_delivered_without_them(
+    table: bytes,
+) -> None:
+    # Otherwise it would end each connection that it comes over, and stay in the queue.
+    messages: list[tuple[spec.BasicProperties, bytes]] = []
+    async with opened(line(frame_max=131072)) as it:
+        channel = await it.open_channel()
+        channel.basic_consume(
+            "queue", lambda _channel, _method, properties, body: messages.append((properties, body))
+        )
+        _, consume = await it.broker.expect(spec.Basic.Consume)
+        flags = spec.BasicProperties.FLAG_HEADERS
+        properties = struct.pack(">HI", flags, len(table)) + table
+        header = struct.pack(">HHQ", spec.Basic.INDEX, 0, 4) + properties
+        deliver = spec.Basic.Deliver(consume.consumer_tag, 1, False, "", "queue")
+        await it.broker.send_bytes(
+            _method(1, spec.Basic.ConsumeOk(consume.consumer_tag))
+            + _method(1, deliver)
+            + (struct.pack(">BHI", spec.FRAME_HEADER, 1, len(header)) + header + b"\xce")
+            + amqp.Body(1, b"body").marshal()
+            + _method(1, spec.Basic.Deliver(consume.consumer_tag, 2, False, "", "queue"))
+            + amqp.Header(1, 0, spec.BasicProperties(app_id="relay")).marshal()
+        )
+        await wait_all_tasks_blocked()
+        assert not it.ends
+    (bare, body), (following, _) = messages
+    assert (bare.headers, bare.app_id, body) == (None, None, b"body")
+    assert following.app_id == "relay"
 
 
 @pytest.mark.parametrize("is_open", [False, True], ids=["handshake", "open"])
