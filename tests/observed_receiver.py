@@ -16,6 +16,7 @@ import pika
 from pika.spec import BasicProperties
 
 from relay.protocol.wire import APP_ID, CONTENT_TYPE, Message
+from relay.receiver.consumer import PREFETCH
 from tests.incident.observe import peak_resident_bytes, resident_bytes
 from tests.receiving import Receiver
 
@@ -24,6 +25,24 @@ PATIENCE = 120.0
 
 POLL = 0.001
 """Seconds between two looks: neither files nor queues tell when they change."""
+
+
+MIB = 1 << 20
+
+BASE = 38 * MIB
+"""Bytes of memory that a receiver has while it waits for its first message."""
+
+HEADERS = 4 * 128 * 1024
+"""Bytes of memory for a message's headers: they fit in an AMQP frame, and Python has strings of up
+to four bytes for each that came."""
+
+
+def memory_bound(frame_size: int) -> int:
+    """The most memory, in bytes, that a receiver may ever have, whatever it is sent.
+
+    This is the formula that the README states.
+    """
+    return BASE + PREFETCH * (frame_size + HEADERS)
 
 
 class TooLong(Exception):
