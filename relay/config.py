@@ -26,6 +26,10 @@ FRAME_SIZE_MAX: Final = 16 * 1024 * 1024
 SHORT_TEXT_MAX: Final = 255
 """Bytes of UTF-8 in a name or routing key (AMQP 0-9-1, section 4.2.5.3)."""
 
+CLIENT_MAX: Final = 128
+"""Bytes of UTF-8 in a client's name: beside a transfer's id and a route's name it fits into a
+routing key."""
+
 _ROUTING_KEY = re.compile(r"(?:[^{}]|\{\{|\}\}|\{(?:transfer|route|client)\})*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
@@ -120,6 +124,19 @@ def _name(value: object) -> str:
     return name
 
 
+def _client(value: object) -> str:
+    if not is_client_name(text := _text(value)):
+        raise ValueError(f"1 to {CLIENT_MAX} bytes of printable text")
+    return text
+
+
+def is_client_name(text: str) -> bool:
+    """Whether text can be a client's name: in a log line, an AMQP header and a routing key."""
+    # isprintable: no control, no invisible and no unassigned characters, and of spaces only " ".
+    fits = 1 <= len(text) <= CLIENT_MAX and text.isprintable() and text == text.strip()
+    return fits and len(text.encode()) <= CLIENT_MAX
+
+
 def _flag(value: object) -> bool:
     if not isinstance(value, bool):
         raise ValueError("true or false")
@@ -201,6 +218,15 @@ def _key(default: Any, parse: Callable[[object], Any]) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TlsConfig:
+    """TLS on the upload listener's TCP sockets; ``[http.tls]``. Without a certificate: none."""
+
+    certificate_file: str = _key("", _text)
+    key_file: str = _key("", _text)
+    client_ca_file: str = _key("", _text)
+
+
+@dataclass(frozen=True, kw_only=True)
 class HttpConfig:
     """The upload listener; ``[http]``. Timeouts in seconds, sizes in bytes."""
 
@@ -208,6 +234,7 @@ class HttpConfig:
     anonymous: bool = _key(False, _flag)
     max_connections: int = _key(1024, _integer(1))
     max_uploads: int = _key(256, _integer(1))
+    max_uploads_per_client: int = _key(0, _integer(0))
     max_header_bytes: int = _key("16 KiB", _positive_size)
     max_headers: int = _key(100, _integer(1))
     header_timeout: float = _key("10 s", _positive_duration)
@@ -217,6 +244,14 @@ class HttpConfig:
     keep_alive_timeout: float = _key("60 s", _positive_duration)
     drain_timeout: float = _key("30 s", parse_duration)
     receipt_parts: int = _key(100, _integer(0))
+    tls: TlsConfig = field(default_factory=TlsConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuthConfig:
+    """Who clients are, beside what ``[http.tls]`` tells; ``[auth]``."""
+
+    tokens_file: str = _key("", _text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,6 +316,7 @@ class RouteConfig:
     max_part_bytes: int = _key(0, parse_size)
     max_parts: int = _key(1000, _integer(1))
     max_part_header_bytes: int = _key("8 KiB", _positive_size)
+    clients: tuple[str, ...] = _key([], _list_of(_client))
     queue: QueueConfig | None = None
 
 
@@ -293,6 +329,7 @@ class Config:
     """The whole configuration, by section."""
 
     http: HttpConfig = field(default_factory=HttpConfig)
+    auth: AuthConfig = field(default_factory=AuthConfig)
     amqp: AmqpConfig = field(default_factory=AmqpConfig)
     admin: AdminConfig = field(default_factory=AdminConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -362,11 +399,12 @@ def from_document(document: dict[str, Any]) -> Config:
     Raises:
         ConfigError: naming the key and the reason.
     """
-    sections = {"http", "amqp", "admin", "log", "routes"}
+    sections = {"http", "auth", "amqp", "admin", "log", "routes"}
     if unknown := sorted(set(document) - sections):
         raise ConfigError(f"{unknown[0]}: unknown section")
     config = Config(
-        http=_slice(HttpConfig(), "http", _section(document, "http")),
+        http=_http(_section(document, "http")),
+        auth=_slice(AuthConfig(), "auth", _section(document, "auth")),
         amqp=_with_password(_slice(AmqpConfig(), "amqp", _section(document, "amqp"))),
         admin=_slice(AdminConfig(), "admin", _section(document, "admin")),
         log=_slice(LogConfig(), "log", _section(document, "log")),
@@ -388,6 +426,12 @@ def _slice(defaults: Slice, where: str, section: Mapping[str, Any]) -> Slice:
         except ValueError as exc:
             raise ConfigError(f"{where}.{key}: must be {exc}") from exc
     return replace(defaults, **values)  # type: ignore[type-var]
+
+
+def _http(section: Mapping[str, Any]) -> HttpConfig:
+    keys = {key: value for key, value in section.items() if key != "tls"}
+    tls = _slice(TlsConfig(), "http.tls", _table(section.get("tls", {}), "http.tls"))
+    return replace(_slice(HttpConfig(), "http", keys), tls=tls)
 
 
 def _routes(section: Mapping[str, Any]) -> Mapping[str, RouteConfig]:
@@ -442,12 +486,7 @@ def _check_together(config: Config) -> None:
         raise ConfigError("http.listen: must name at least one address")
     if not config.amqp.urls:
         raise ConfigError("amqp.urls: must name at least one broker")
-    exposed = [address for address in config.http.listen if not _is_loopback(address)]
-    if exposed and not config.http.anonymous:
-        raise ConfigError(
-            f"http.listen: {exposed[0]} is not loopback and uploads are not authenticated;"
-            " set http.anonymous = true if the network alone decides who may upload"
-        )
+    _check_access(config)
     if config.amqp.upload_window > config.amqp.window // config.amqp.connections:
         raise ConfigError("amqp.upload_window: must not be above amqp.window / amqp.connections")
     for name, route in config.routes.items():
@@ -455,9 +494,33 @@ def _check_together(config: Config) -> None:
             raise ConfigError(f"routes.{name}.frame_size: must be 4096 to 16777216 bytes")
         if route.frame_size > config.amqp.upload_window:
             raise ConfigError(f"routes.{name}.frame_size: must not be above amqp.upload_window")
-        key = route.routing_key.format(transfer="x" * 36, route=name, client="")
+        key = route.routing_key.format(transfer="x" * 36, route=name, client="x" * CLIENT_MAX)
         if len(key.encode()) > SHORT_TEXT_MAX:
             raise ConfigError(f"routes.{name}.routing_key: must be at most {SHORT_TEXT_MAX} bytes")
+
+
+def authenticates(config: Config) -> bool:
+    """Whether TCP clients can show who they are."""
+    return bool(config.auth.tokens_file or config.http.tls.client_ca_file)
+
+
+def exposed(config: Config) -> list[str]:
+    """The addresses that may be reached from other machines."""
+    return [address for address in config.http.listen if not _is_loopback(address)]
+
+
+def _check_access(config: Config) -> None:
+    tls = config.http.tls
+    for key in ("key_file", "client_ca_file"):
+        if getattr(tls, key) and not tls.certificate_file:
+            raise ConfigError(f"http.tls.{key}: must go with http.tls.certificate_file")
+    addresses = exposed(config)
+    if addresses and not authenticates(config) and not config.http.anonymous:
+        raise ConfigError(
+            f"http.listen: {addresses[0]} is not loopback and uploads are not authenticated; set"
+            " auth.tokens_file or http.tls.client_ca_file, or http.anonymous = true if the network"
+            " alone decides who may upload"
+        )
 
 
 def _is_loopback(address: str) -> bool:

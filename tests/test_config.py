@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.config import (
+    CLIENT_MAX,
     AdminConfig,
     AmqpConfig,
+    AuthConfig,
     Config,
     ConfigError,
     HttpConfig,
     LogConfig,
     QueueConfig,
     RouteConfig,
+    TlsConfig,
     from_document,
     load,
     parse_address,
@@ -95,20 +98,12 @@ arguments = { x-overflow = "reject-publish", x-single-active-consumer = true }
 """
 """The contract's table of keys, word for word."""
 
-NOT_YET = {
-    "http.max_uploads_per_client",
-    "http.tls",
-    "auth",
-    "routes.NAME.clients",
-}
-"""Keys that later versions understand; until then they are errors, like any unknown key."""
-
 
 def paths(table: Mapping[str, Any], where: str = "") -> Iterator[tuple[str, Any]]:
     """Each key of nested tables with its dotted path; arguments are a value."""
     for key, value in table.items():
         path = f"{where}{key}"
-        if isinstance(value, dict) and key != "arguments" and path not in NOT_YET:
+        if isinstance(value, dict) and key != "arguments":
             yield from paths(value, f"{path}.")
         else:
             yield path, value
@@ -125,7 +120,7 @@ def document(path: str, value: object) -> dict[str, Any]:
     return result
 
 
-KEYS = {path: value for path, value in paths(tomllib.loads(CONTRACT)) if path not in NOT_YET}
+KEYS = dict(paths(tomllib.loads(CONTRACT)))
 
 
 def reason(document: dict[str, Any]) -> str:
@@ -166,6 +161,8 @@ def test_each_key_has_the_default_of_the_contract(path: str) -> None:
 def test_there_is_no_key_that_the_contract_does_not_have() -> None:
     sections = {
         "http": HttpConfig,
+        "http.tls": TlsConfig,
+        "auth": AuthConfig,
         "amqp": AmqpConfig,
         "admin": AdminConfig,
         "log": LogConfig,
@@ -182,7 +179,16 @@ def test_there_is_no_key_that_the_contract_does_not_have() -> None:
 
 
 def test_every_slice_can_be_made_without_any_argument_but_a_routes_name() -> None:
-    for slice_ in (HttpConfig, AmqpConfig, AdminConfig, LogConfig, QueueConfig, RouteConfig):
+    for slice_ in (
+        HttpConfig,
+        TlsConfig,
+        AuthConfig,
+        AmqpConfig,
+        AdminConfig,
+        LogConfig,
+        QueueConfig,
+        RouteConfig,
+    ):
         missing = [
             field.name
             for field in fields(slice_)
@@ -191,16 +197,12 @@ def test_every_slice_can_be_made_without_any_argument_but_a_routes_name() -> Non
         assert missing == (["name"] if slice_ is RouteConfig else [])
 
 
-@pytest.mark.parametrize("path", sorted(NOT_YET))
-def test_a_key_that_is_not_understood_yet_is_an_error_and_not_ignored(path: str) -> None:
-    assert reason(document(path, "x")).startswith(f"{path}: unknown ")
-
-
 CHANGED: dict[str, tuple[object, object]] = {
     "http.listen": (["[::1]:80", "unix:/run/x"], ("[::1]:80", "unix:/run/x")),
     "http.anonymous": (True, True),
     "http.max_connections": (1, 1),
     "http.max_uploads": (2, 2),
+    "http.max_uploads_per_client": (2, 2),
     "http.max_header_bytes": ("1 KiB", 1024),
     "http.max_headers": (3, 3),
     "http.header_timeout": ("1.5 s", 1.5),
@@ -231,6 +233,7 @@ CHANGED: dict[str, tuple[object, object]] = {
     "routes.NAME.max_part_bytes": (5, 5),
     "routes.NAME.max_parts": (1, 1),
     "routes.NAME.max_part_header_bytes": (100, 100),
+    "routes.NAME.clients": (["me", "uid:0"], ("me", "uid:0")),
     "routes.NAME.queue.name": ("q", "q"),
     "routes.NAME.queue.type": ("stream", "stream"),
     "routes.NAME.queue.arguments": ({"a": 1, "b": "c", "d": True}, {"a": 1, "b": "c", "d": True}),
@@ -411,6 +414,49 @@ def test_anything_else_does(address: str) -> None:
     text = reason({"http": {"listen": listen}})
     assert text.startswith(f"http.listen: {address} is not loopback")
     from_document({"http": {"listen": listen, "anonymous": True}})
+    from_document({"http": {"listen": listen}, "auth": {"tokens_file": "t"}})
+    tls = {"certificate_file": "c"}
+    assert reason({"http": {"listen": listen, "tls": tls}}) == text
+    from_document({"http": {"listen": listen, "tls": {**tls, "client_ca_file": "ca"}}})
+
+
+@pytest.mark.parametrize("key", ["key_file", "client_ca_file"])
+def test_nothing_of_tls_goes_without_a_certificate(key: str) -> None:
+    """A server that is to know its clients must not fall back to plain HTTP."""
+    text = reason({"http": {"tls": {key: "x"}}})
+    assert text == f"http.tls.{key}: must go with http.tls.certificate_file"
+    from_document({"http": {"tls": {key: "x", "certificate_file": "y"}}})
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("a", True),
+        ("spiffe://example.org/uploader", True),
+        ("Zoë O'Hara <z@example.org>", True),
+        ("x" * CLIENT_MAX, True),
+        ("x" * (CLIENT_MAX + 1), False),
+        ("é" * 65, False),
+        ("", False),
+        (" a", False),
+        ("a\n", False),
+        ("a\u202eb", False),
+        ("a\u00a0b", False),
+    ],
+)
+def test_what_a_client_can_be_called(name: str, is_one: bool) -> None:
+    clients = {"routes": {"a": {"clients": [name]}}}
+    if is_one:
+        assert from_document(clients).routes["a"].clients == (name,)
+    else:
+        assert reason(clients).startswith("routes.a.clients: must be 1 to 128 bytes of printable")
+
+
+def test_a_routing_key_must_fit_whoever_uploads() -> None:
+    route = {"routing_key": "{transfer}.{client}." + "x" * (255 - 36 - 1 - CLIENT_MAX - 1)}
+    from_document({"routes": {"a": route}})
+    route["routing_key"] += "x"
+    assert reason({"routes": {"a": route}}) == "routes.a.routing_key: must be at most 255 bytes"
 
 
 def test_a_routing_key_must_fit_once_it_is_filled_in() -> None:
@@ -749,7 +795,7 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=4,
 )
-KEY_NAMES = st.sampled_from(sorted(KEYS.keys() | NOT_YET)) | st.text(max_size=8)
+KEY_NAMES = st.sampled_from(sorted(KEYS)) | st.text(max_size=8)
 
 
 @settings(max_examples=300)
