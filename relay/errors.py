@@ -8,7 +8,7 @@ messages or AMQP: ``server/`` turns errors into responses, ``broker/`` into abor
 
     RelayError
     ├── ClientError      the request is at fault; repeating it unchanged will fail again, except
-    │                    for KeyInUse, where it is only too early
+    │                    for KeyInUse and ClientBusy, where it is only too early
     ├── BrokerError      the broker did not, or may not, have taken the upload
     ├── DaemonError      relay itself has no room or is going away
     └── ClientGone       nobody is left to answer
@@ -52,6 +52,28 @@ class BadMultipart(ClientError):
     """Malformed or incomplete multipart/form-data (RFC 7578), or one without any part."""
 
     code = "bad-multipart"
+
+
+class Unauthorized(ClientError):
+    """No credentials, or wrong ones (RFC 9110, section 15.5.2).
+
+    Attributes:
+        challenge: the ``WWW-Authenticate`` field (RFC 6750, section 3).
+    """
+
+    status = 401
+    code = "unauthorized"
+
+    def __init__(self, detail: str, *, challenge: str = 'Bearer realm="relay"') -> None:
+        super().__init__(detail)
+        self.challenge = challenge
+
+
+class Forbidden(ClientError):
+    """This client may not upload here."""
+
+    status = 403
+    code = "forbidden"
 
 
 class NotFound(ClientError):
@@ -120,6 +142,14 @@ class HeadersTooLarge(ClientError):
 
     status = 431
     code = "headers-too-large"
+
+
+class ClientBusy(ClientError):
+    """The client's own limit of concurrent uploads is reached (RFC 6585, section 4)."""
+
+    status = 429
+    code = "too-many-uploads"
+    retry_after = 5
 
 
 class NotImplementedCoding(ClientError):

@@ -21,13 +21,14 @@ from trio.testing import (
 from relay.config import RouteConfig
 from relay.errors import RelayError
 from relay.model import Frame, Transfer
+from relay.server.identity import Peer
 
 Stream = trio.abc.HalfCloseableStream
 NewPair = Callable[[], tuple[Stream, Stream]]
-Serve = Callable[[Stream, str], Awaitable[None]]
+Serve = Callable[[Stream, Peer], Awaitable[None]]
 
-PEER: Final = "192.0.2.1:5000"
-"""What the server is told of the client's address."""
+PEER: Final = Peer(address="192.0.2.1:5000")
+"""What the server is told of the client."""
 
 
 class MemorySink:

@@ -64,10 +64,13 @@ TABLE = """
     server.admin           | trio prometheus_client  | broker transfer protocol
     server.handler         | trio                    | broker
     server.pages           | trio prometheus_client  | broker transfer protocol server.uploads
+    server.tls             | trio                    | broker transfer protocol
     server.connection      | trio h11                | broker transfer
     server.uploads         | trio                    | broker transfer protocol
     server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol
+    server.identity        |                         | all but server.tokens config errors
+    server.tokens          |                         | all but config
                            |                         |
     broker.pool            | trio                    | transfer protocol
     broker.publisher       | trio pika               | transfer

@@ -8,7 +8,7 @@ knows neither h11 nor I/O.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 import http_sf
@@ -54,6 +54,7 @@ class RequestHead:
         given_digests: of the raw part, algorithm to lower-case hex; empty if there is a boundary,
             for the digest of a form is that of its encoding.
         wanted_digests: algorithms that the client asks for, keys of ``ALGORITHMS``.
+        authorization: the Authorization field as it came; a secret, and no part of the repr.
     """
 
     method: str
@@ -66,6 +67,7 @@ class RequestHead:
     idempotency_key: str | None
     given_digests: Mapping[str, str]
     wanted_digests: tuple[str, ...]
+    authorization: bytes | None = field(default=None, repr=False)
 
     @property
     def chunked(self) -> bool:
@@ -119,6 +121,7 @@ def parse_request(
         idempotency_key=_idempotency_key(fields),
         given_digests=given,
         wanted_digests=wanted_digests(headers),
+        authorization=fields.single(b"authorization"),
     )
 
 

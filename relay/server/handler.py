@@ -9,7 +9,8 @@ import logging
 import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
-from typing import Final, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 import trio
 
@@ -30,6 +31,7 @@ from relay.protocol.framing import ALGORITHMS, Framer
 from relay.protocol.request import RequestHead, parse_request
 from relay.server.connection import HttpConnection
 from relay.server.idempotency import KeyMemory, key_of
+from relay.server.identity import Access, Peer
 from relay.server.responses import Response, created, problem
 from relay.server.uploads import UploadRecord, Uploads
 from relay.transfer import FrameSink, Upload, new_transfer_id
@@ -69,14 +71,17 @@ class UploadHandler:
         routes: Mapping[str, RouteConfig],
         broker: Broker,
         uploads: Uploads,
+        access: Access | None = None,
     ) -> None:
+        """Without ``access``, anybody may upload."""
         self._config = config
         self._routes = routes
         self._broker = broker
         self._uploads = uploads
+        self._access = access or Access()
         self.keys = KeyMemory()
 
-    async def serve(self, stream: trio.abc.HalfCloseableStream, peer: str) -> None:
+    async def serve(self, stream: trio.abc.HalfCloseableStream, peer: Peer) -> None:
         """Answer requests until the connection ends.
 
         What is raised is a bug; its client has been told so, if it could be.
@@ -86,12 +91,12 @@ class UploadHandler:
             while await self._serve_request(connection, peer):
                 pass
         except ClientGone:
-            log.debug("client gone", extra=fields(peer=peer))
+            log.debug("client gone", extra=fields(peer=peer.address))
         except Exception:
             await self._confess(connection, RelayError(BUG))
             raise  # to be logged where it stops
 
-    async def _serve_request(self, connection: HttpConnection, peer: str) -> bool:
+    async def _serve_request(self, connection: HttpConnection, peer: Peer) -> bool:
         """Answer one request. Returns whether another can follow on this connection."""
         refusal = None
         try:
@@ -101,7 +106,7 @@ class UploadHandler:
             head = parse_request(*raw)
             connection.begin_body(head.content_length)
         except ClientError as exc:
-            log.info("refused", extra=fields(peer=peer, status=exc.status, code=exc.code))
+            log.info("refused", extra=fields(peer=peer.address, status=exc.status, code=exc.code))
             self._uploads.count(exc.code)
             refusal = problem(exc)
         if refusal is not None:
@@ -115,50 +120,44 @@ class UploadHandler:
             await connection.respond(response, close=not keep)
         return keep
 
-    async def _upload(self, connection: HttpConnection, head: RequestHead, peer: str) -> Response:
+    async def _upload(self, connection: HttpConnection, head: RequestHead, peer: Peer) -> Response:
         """Relay the request's body. Returns the response, whatever it is.
 
         Raises:
             ClientGone: nobody is left to respond to.
         """
-        began = trio.current_time()
-        transfer = Transfer(
-            id=new_transfer_id(),
-            began=int(time.time()),
-            route=head.route,
-            idempotency_key=head.idempotency_key,
-        )
-        about = {"transfer": transfer.id, "route": transfer.route, "peer": peer}
-        key = key_of(transfer)
+        about = _About(route=head.route, peer=peer.address)
         record = None
         try:
-            route = self._route(head)
+            about.client = self._access.identify(head.authorization, peer)
+            route = self._route(head, about.client)
+            transfer = _transfer(head, about.client)
+            about.transfer = transfer.id
+            key = key_of(transfer)
             # Before it is asked for room: an answer that is known needs neither room nor broker.
             if (replay := self.keys.recall(key, head)) is not None:
-                return await self._replay(connection, head, replay, peer)
-            self._check_room()
-            with self.keys.hold(key), self._uploads.enter(transfer, peer) as record:
+                await self._replay(connection, head, about)
+                return replay
+            self._check_room(transfer, peer)
+            with self.keys.hold(key), self._uploads.enter(transfer, peer.address) as record:
                 receipt = await self._relay(connection, head, transfer, route, record)
                 response = created(receipt)
                 self.keys.remember(key, head, record.bytes_received, receipt, response)
         except RelayError as exc:
-            seconds = trio.current_time() - began
-            result = fields(**about, status=exc.status, code=exc.code, seconds=seconds)
-            log.warning("upload failed: %s", exc.detail, extra=result)
+            log.warning("upload failed: %s", exc.detail, extra=about.fields(exc))
             self._uploads.count(exc.code)
             if isinstance(exc, ClientGone):
                 raise
-            return problem(exc, transfer_id=transfer.id if record is not None else None)
+            return problem(exc, transfer_id=about.transfer if record is not None else None)
         except Exception:
             may_be_committed = record is not None and record.may_be_committed
             await self._confess(
                 connection, OutcomeUnknown(BUG) if may_be_committed else RelayError(BUG)
             )
             raise
-        seconds = trio.current_time() - began
         totals = receipt.totals
-        result = fields(**about, bytes=totals.bytes, frames=totals.frames, seconds=seconds)
-        log.info("upload committed", extra=result)
+        extra = about.fields(bytes=totals.bytes, frames=totals.frames)
+        log.info("upload committed", extra=extra)
         self._uploads.count("committed", totals.bytes)
         return response
 
@@ -169,10 +168,8 @@ class UploadHandler:
             with suppress(ClientGone):
                 await connection.respond(problem(error), close=True)
 
-    async def _replay(
-        self, connection: HttpConnection, head: RequestHead, replay: Response, peer: str
-    ) -> Response:
-        """Answer a retry of what has succeeded. Its body is no longer of interest.
+    async def _replay(self, connection: HttpConnection, head: RequestHead, about: "_About") -> None:
+        """Take in a retry of what has succeeded. Its body is no longer of interest.
 
         Raises:
             ClientGone: the client left before the end of its body.
@@ -183,19 +180,19 @@ class UploadHandler:
             with suppress(ClientError):
                 while await connection.receive():
                     pass
-        log.info("upload replayed", extra=fields(route=head.route, peer=peer))
+        log.info("upload replayed", extra=about.fields())
         self._uploads.count("replayed")
-        return replay
 
-    def _route(self, head: RequestHead) -> RouteConfig:
-        """The upload's route, if there is one and it takes a body of that size.
+    def _route(self, head: RequestHead, client: str | None) -> RouteConfig:
+        """The upload's route, if there is one, and it takes that client's and a body of that size.
 
         Raises:
-            NotFound, TooLarge: otherwise.
+            NotFound, Unauthorized, Forbidden, TooLarge: otherwise.
         """
         route = self._routes.get(head.route)
         if route is None:
             raise NotFound("there is no such route")
+        self._access.check(client, route)
         size = head.content_length or 0
         # A multipart body is larger than its parts; only a raw one is known to be too large.
         limits = [route.max_bytes] if head.boundary else [route.max_bytes, route.max_part_bytes]
@@ -204,13 +201,13 @@ class UploadHandler:
                 raise TooLarge(f"the route takes at most {limit} bytes")
         return route
 
-    def _check_room(self) -> None:
+    def _check_room(self, transfer: Transfer, peer: Peer) -> None:
         """Admit an upload, if what can be known before its body allows that.
 
         Raises:
             RelayError: otherwise.
         """
-        self._uploads.check()
+        self._uploads.check(transfer.client, peer.address)
         if (refusal := self._broker.refusal()) is not None:
             raise refusal
 
@@ -253,6 +250,45 @@ class UploadHandler:
                 finally:
                     record.may_be_committed = sink.may_be_committed
         raise _ended_by_drain(record.may_be_committed)
+
+
+@dataclass(slots=True, kw_only=True)
+class _About:
+    """What is known of a request, for the log.
+
+    Attributes:
+        transfer: its id, once it is admitted.
+        began: in trio's clock, seconds.
+    """
+
+    route: str
+    peer: str
+    transfer: str | None = None
+    client: str | None = None
+    began: float = field(default_factory=trio.current_time)
+
+    def fields(self, error: RelayError | None = None, **more: object) -> dict[str, Any]:
+        """A log record's ``extra``."""
+        if error is not None:
+            more |= {"status": error.status, "code": error.code}
+        return fields(
+            transfer=self.transfer,
+            route=self.route,
+            client=self.client,
+            peer=self.peer,
+            **more,
+            seconds=trio.current_time() - self.began,
+        )
+
+
+def _transfer(head: RequestHead, client: str | None) -> Transfer:
+    return Transfer(
+        id=new_transfer_id(),
+        began=int(time.time()),
+        route=head.route,
+        client=client,
+        idempotency_key=head.idempotency_key,
+    )
 
 
 def _ended_by_drain(may_be_committed: bool) -> RelayError:

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import stat
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -16,11 +17,15 @@ from typing import Final
 import trio
 
 from relay.logs import fields
+from relay.server.identity import Peer
 
 log = logging.getLogger(__name__)
 
-Serve = Callable[[trio.SocketStream, str], Awaitable[None]]
-"""Serves one connection to its end; the text names the peer."""
+Serve = Callable[[trio.SocketStream, Peer], Awaitable[None]]
+"""Serves one connection to its end."""
+
+_CREDENTIALS: Final = struct.Struct("iII")
+"""pid, uid and gid of the process that connected (unix(7), SO_PEERCRED)."""
 
 BACKLOG: Final = 1024
 
@@ -119,7 +124,9 @@ async def serve(
         try:
             await serve_one(stream, peer)
         except Exception:
-            log.exception("bug: unexpected exception on a connection", extra=fields(peer=peer))
+            log.exception(
+                "bug: unexpected exception on a connection", extra=fields(peer=peer.address)
+            )
         finally:
             slots.release()
             await trio.aclose_forcefully(stream)
@@ -128,12 +135,15 @@ async def serve(
     await trio.serve_listeners(handle, limited, handler_nursery=nursery)
 
 
-def _peer(stream: trio.SocketStream) -> str:
+def _peer(stream: trio.SocketStream) -> Peer:
     try:
-        name = stream.socket.getpeername()
+        if stream.socket.family == socket.AF_UNIX:
+            # Not the user's name: looking that up may ask the network, and wait for it.
+            raw = stream.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            return Peer(address="unix", client=f"uid:{_CREDENTIALS.unpack(raw)[1]}")
+        return Peer(address=_host_port(stream.socket.getpeername()))
     except OSError:
-        return "gone"
-    return _host_port(name) if isinstance(name, tuple) else "unix"
+        return Peer(address="gone")
 
 
 def _host_port(name: tuple[str, int]) -> str:

@@ -15,6 +15,7 @@ from prometheus_client.registry import Collector
 from relay.config import HttpConfig
 from relay.errors import ClientError, ClientGone, MethodNotAllowed, NotFound
 from relay.server.connection import HttpConnection
+from relay.server.identity import Peer
 from relay.server.responses import Response, problem
 
 CONNECTIONS_MAX: Final = 32
@@ -65,7 +66,7 @@ class Pages:
         self._pages = {path.encode(): page for path, page in pages.items()}
         self._known = ", ".join(pages)
 
-    async def serve(self, stream: trio.abc.HalfCloseableStream, _peer: str) -> None:
+    async def serve(self, stream: trio.abc.Stream, _peer: Peer) -> None:
         """Answer requests until the connection ends."""
         connection = HttpConnection(stream, self._config)
         try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from relay.errors import MethodNotAllowed, RelayError
+from relay.errors import MethodNotAllowed, RelayError, Unauthorized
 from relay.model import PartReceipt, Receipt
 
 
@@ -36,6 +36,8 @@ def problem(error: RelayError, *, transfer_id: str | None = None) -> Response:
         headers["Retry-After"] = str(error.retry_after)
     if isinstance(error, MethodNotAllowed):
         headers["Allow"] = error.allow
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = error.challenge
     return Response(
         status=error.status,
         body=_json(document),

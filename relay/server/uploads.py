@@ -8,7 +8,7 @@ from typing import Final
 
 import trio
 
-from relay.errors import ShuttingDown, TooManyUploads
+from relay.errors import ClientBusy, ShuttingDown, TooManyUploads
 from relay.model import Transfer
 
 READ_SIZE_MIN: Final = 64 * 1024
@@ -18,6 +18,14 @@ READ_BUDGET: Final = 32 * 1024 * 1024
 
 _BUDGET_SHARE: Final = 16
 """The part of what is left of the budget that the next upload gets: one in so many."""
+
+
+_Who = tuple[str | None, str]
+"""A client's name, or none and its host."""
+
+
+def _who(client: str | None, peer: str) -> _Who:
+    return client, "" if client is not None else peer.rpartition(":")[0]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -46,8 +54,10 @@ class UploadRecord:
 class Uploads:
     """Admits uploads up to a limit and knows them all."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, *, per_client: int = 0) -> None:
+        """At most ``limit`` at once, and ``per_client`` of one client; 0: no such limit."""
         self._limit = limit
+        self._per_client = per_client
         self._records: set[UploadRecord] = set()
         self._answering = 0
         self._changed = trio.lowlevel.ParkingLot()
@@ -68,22 +78,32 @@ class Uploads:
         """Bytes of bodies since the start, whatever became of their uploads."""
         return self._bytes_of_ended + sum(record.bytes_received for record in self._records)
 
-    def check(self) -> None:
+    def check(self, client: str | None = None, peer: str = "") -> None:
         """Raise what an upload would be refused with now, if anything.
+
+        Args:
+            client: its name, if it has one.
+            peer: its address. An anonymous client is its host.
 
         Raises:
             ShuttingDown: the daemon is stopping.
             TooManyUploads: the limit is reached.
+            ClientBusy: the client's own limit is.
         """
         if self.draining:
             raise ShuttingDown("the daemon is stopping")
         if len(self._records) >= self._limit:
             raise TooManyUploads(f"{self._limit} uploads are in progress")
+        if self._per_client and self._count_of(_who(client, peer)) >= self._per_client:
+            raise ClientBusy(f"{self._per_client} uploads of this client are in progress")
+
+    def _count_of(self, who: _Who) -> int:
+        return sum(_who(record.transfer.client, record.peer) == who for record in self._records)
 
     @contextmanager
     def enter(self, transfer: Transfer, peer: str) -> Iterator[UploadRecord]:
         """Count an upload for the length of the block. Raises what ``check`` does."""
-        self.check()
+        self.check(transfer.client, peer)
         # Large reads save CPU, and cost memory. A few uploads may read 1 MiB at a time; the more
         # there are, the less a further one gets, so that the sum stays within the budget.
         share = self._read_budget // _BUDGET_SHARE

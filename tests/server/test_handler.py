@@ -27,6 +27,7 @@ from relay.model import Frame, PartHead, Transfer
 from relay.protocol.framing import crc32c
 from relay.server.connection import HttpConnection
 from relay.server.handler import UploadHandler
+from relay.server.identity import Peer
 from relay.server.uploads import Uploads
 from tests.memory_broker import (
     Answer,
@@ -829,7 +830,7 @@ async def upload_cancelled_by(
 ) -> int | None:
     """Send one upload in all its stages. Returns the status of its final answer, if any came."""
 
-    async def serve(stream: trio.abc.HalfCloseableStream, peer: str) -> None:
+    async def serve(stream: trio.abc.Stream, peer: Peer) -> None:
         instrument.watch()
         with scope:
             await server.handler.serve(stream, peer)

@@ -12,6 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from relay.config import HttpConfig, RouteConfig
 from relay.server.handler import UploadHandler
+from relay.server.identity import Peer
 from relay.server.listeners import (
     LimitedListener,
     ListenError,
@@ -47,9 +48,9 @@ async def connect(address: str) -> trio.SocketStream:
     return await trio.open_tcp_stream(host.strip("[]"), int(port))
 
 
-async def echo(stream: trio.SocketStream, peer: str) -> None:
+async def echo(stream: trio.SocketStream, peer: Peer) -> None:
     while data := await stream.receive_some():
-        await stream.send_all(peer.encode() + b" " + data)
+        await stream.send_all(peer.address.encode() + b" " + data)
 
 
 async def echoed(address: str) -> bytes:
@@ -177,7 +178,7 @@ async def test_no_more_connections_are_served_at_once_than_allowed() -> None:
     leave = trio.Event()
     full = trio.Event()
 
-    async def count(stream: trio.SocketStream, _: str) -> None:
+    async def count(stream: trio.SocketStream, _: Peer) -> None:
         nonlocal now, peak, total
         now += 1
         total += 1
@@ -204,8 +205,8 @@ async def test_the_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
     first_is_in = trio.Event()
     leave = trio.Event()
 
-    async def hold(_stream: trio.SocketStream, peer: str) -> None:
-        peers.append(peer)
+    async def hold(_stream: trio.SocketStream, peer: Peer) -> None:
+        peers.append(peer.address)
         first_is_in.set()
         await leave.wait()
 
@@ -240,7 +241,7 @@ async def test_a_slot_is_free_again_when_accepting_fails_or_is_cancelled() -> No
 async def test_an_unexpected_exception_costs_its_connection_and_is_logged_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    async def serve_one(stream: trio.SocketStream, peer: str) -> None:
+    async def serve_one(stream: trio.SocketStream, peer: Peer) -> None:
         if await stream.receive_some() == b"fail":
             raise ZeroDivisionError
         await stream.send_all(b"fine")
