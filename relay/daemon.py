@@ -3,7 +3,7 @@
 Starting: listeners first, so that a wrong address is an error at once; the broker may come later.
 Stopping (SIGTERM, SIGINT): accept nothing new, let uploads in progress finish within
 ``drain_timeout``, tell the rest that they failed, say goodbye to the broker. A second signal ends
-the waiting.
+the waiting. SIGHUP has tokens and certificates read again.
 """
 
 import logging
@@ -11,7 +11,7 @@ import math
 import os
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import trio
 from prometheus_client import Metric
@@ -22,13 +22,15 @@ from relay.broker.pool import Pool
 from relay.broker.publisher import Refusals
 from relay.broker.routes import Severity, verify_routes
 from relay.broker.session import Session
-from relay.config import Config
+from relay.config import Config, ConfigError, authenticates, exposed
 from relay.errors import BrokerError
 from relay.logs import fields
-from relay.server import listeners
+from relay.server import listeners, tokens
 from relay.server.admin import AdminHandler
 from relay.server.handler import UploadHandler
+from relay.server.identity import Access
 from relay.server.pages import CONNECTIONS_MAX
+from relay.server.tls import TlsServer
 from relay.server.uploads import Uploads
 from relay.systemd import Notifier, Rate
 from relay.transfer import new_transfer_id
@@ -48,7 +50,7 @@ def run(config: Config) -> None:
 
     Raises:
         ListenError: an address cannot be listened on.
-        ConfigError: a URL of the broker, or a file for TLS to it, cannot be used.
+        ConfigError: a URL of the broker, a file for TLS, or the tokens file cannot be used.
     """
     allocator.tune()
     _raise_file_limit()
@@ -61,10 +63,17 @@ class Daemon:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._accepting = trio.CancelScope()
-        self._uploads = Uploads(config.http.max_uploads)
+        self._uploads = Uploads(
+            config.http.max_uploads, per_client=config.http.max_uploads_per_client
+        )
         self._broker = Pool(config.amqp, config.routes, verify=self.verify)
         self._verify_at = -math.inf
-        self._handler = UploadHandler(config.http, config.routes, self._broker, self._uploads)
+        self._access = _access(config)
+        self._handler = UploadHandler(
+            config.http, config.routes, self._broker, self._uploads, self._access
+        )
+        has_tls = bool(config.http.tls.certificate_file)
+        self._tls = TlsServer(config.http, self._handler.serve) if has_tls else None
         self._admin = AdminHandler(config.http, self._uploads, self._broker.refusal, self._metrics)
         self._systemd = Notifier()
         self._rate = Rate()
@@ -75,13 +84,19 @@ class Daemon:
         upload_listeners = await listeners.open_listeners(config.http.listen)
         admin_addresses = [config.admin.listen] if config.admin.listen else []
         admin_listeners = await listeners.open_listeners(admin_addresses)
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        with (
+            trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
+            trio.open_signal_receiver(signal.SIGHUP) as hangups,
+        ):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._broker.run)
                 # Admin connections outlive the drain, so that probes can watch it.
                 nursery.start_soon(self._serve_admin, admin_listeners, nursery)
                 nursery.start_soon(self._serve_uploads, upload_listeners, nursery)
+                nursery.start_soon(self._reload_on, hangups)
                 _announce(upload_listeners, admin_listeners)
+                _announce_access(config, self._access)
+                log.info("started", extra=fields(version=__version__, pid=os.getpid()))
                 nursery.start_soon(self._tell_systemd)
                 signal_number = await anext(signals)
                 log.info("stopping", extra=fields(signal=signal.Signals(signal_number).name))
@@ -99,7 +114,7 @@ class Daemon:
         with self._accepting:
             await listeners.serve(
                 upload_listeners,
-                self._handler.serve,
+                self._tls.serve if self._tls else self._handler.serve,
                 limit=self._config.http.max_connections,
                 nursery=nursery,
             )
@@ -123,6 +138,29 @@ class Daemon:
             f"{len(self._uploads)} uploads, {rate:.1f} MiB/s; "
             f"{'broker ready' if refusal is None else refusal.detail}"
         )
+
+    async def _reload_on(self, hangups: AsyncIterator[int]) -> None:
+        async for _ in hangups:
+            self._systemd.reloading()
+            try:
+                await trio.to_thread.run_sync(self.reload)
+            except ConfigError as exc:
+                log.warning("not reloaded: %s", exc)
+            else:
+                log.info("reloaded tokens and certificates")
+            self._systemd.reloaded()
+
+    def reload(self) -> None:
+        """Read tokens and certificates again; certificates count for new connections.
+
+        Raises:
+            ConfigError: a file cannot be used. Nothing has changed.
+        """
+        path = self._config.auth.tokens_file
+        valid = tokens.load(path) if path else None
+        if self._tls is not None:
+            self._tls.reload()
+        self._access.tokens = valid
 
     async def verify(self, session: Session, refusals: Refusals) -> None:
         """Log what is wrong with the routes; meanwhile uploads go on, and may well work."""
@@ -208,7 +246,24 @@ def _announce(
         log.info("listening for uploads", extra=fields(address=listeners.address_of(listener)))
     for listener in admin_listeners:
         log.info("listening for admin", extra=fields(address=listeners.address_of(listener)))
-    log.info("started", extra=fields(version=__version__, pid=os.getpid()))
+
+
+def _access(config: Config) -> Access:
+    path = config.auth.tokens_file
+    return Access(
+        tokens=tokens.load(path) if path else None,
+        anonymous=config.http.anonymous or not authenticates(config),
+    )
+
+
+def _announce_access(config: Config, access: Access) -> None:
+    open_to_all = config.http.anonymous and exposed(config)
+    log.log(
+        logging.WARNING if open_to_all else logging.INFO,
+        "who may upload: %s",
+        access.describe(certificates=bool(config.http.tls.client_ca_file)),
+        extra=fields(anonymous_from=", ".join(open_to_all) if open_to_all else None),
+    )
 
 
 def _raise_file_limit() -> None:

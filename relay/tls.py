@@ -1,11 +1,12 @@
-"""TLS to whom relay connects: certificate files to a context, ssl's errors to words for people.
+"""TLS: certificate files to a context, ssl's errors to words for people.
 
-The peer is always verified: its certificate's CA, its dates, and its name against the URL's
-host. There is no switch to turn that off. This module knows no URL, no AMQP and no HTTP.
+Whom relay connects to is always verified: its certificate's CA, its dates, and its name against
+the URL's host. There is no switch to turn that off. This module knows no URL, no AMQP, no HTTP.
 """
 
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Final, Protocol
 
 import trio
@@ -16,12 +17,8 @@ Naming = Callable[[str], str]
 """Takes a key of TlsFiles; returns what whoever set it calls it: ``amqp.ca_file``."""
 
 
-class TlsFiles(Protocol):
+class OwnFiles(Protocol):
     """Paths of PEM files, each empty if there is none."""
-
-    @property
-    def ca_file(self) -> str:
-        """CAs to trust, instead of the system's."""
 
     @property
     def certificate_file(self) -> str:
@@ -30,6 +27,22 @@ class TlsFiles(Protocol):
     @property
     def key_file(self) -> str:
         """Its key, if that is not in the same file."""
+
+
+class TlsFiles(OwnFiles, Protocol):
+    """What a client has."""
+
+    @property
+    def ca_file(self) -> str:
+        """CAs to trust, instead of the system's."""
+
+
+class ServerFiles(OwnFiles, Protocol):
+    """What a server has."""
+
+    @property
+    def client_ca_file(self) -> str:
+        """CAs from one of which each client must have a certificate."""
 
 
 class TlsFailed(Exception):
@@ -51,6 +64,12 @@ _NOT_YET_VALID: Final = 9
 _EXPIRED: Final = 10
 _UNKNOWN_CA: Final = (2, 18, 19, 20, 21)
 _WRONG_HOST: Final = (62, 63, 64)
+
+_NO_CHECK_TIME: Final = ssl.VerifyFlags(0x200000)
+"""X509_V_FLAG_NO_CHECK_TIME of x509_vfy.h."""
+
+_FLIGHTS: Final = 8
+"""More turns than a handshake takes."""
 
 _REASONS: Final = {
     "WRONG_VERSION_NUMBER": "its port does not speak TLS",
@@ -97,6 +116,58 @@ def client_context(files: TlsFiles, naming: Naming) -> ssl.SSLContext:
     elif files.key_file:
         raise ConfigError(f"{naming('key_file')}: goes with {naming('certificate_file')}")
     return context
+
+
+def server_context(files: ServerFiles, naming: Naming) -> ssl.SSLContext:
+    """What to serve with: TLS 1.2 or later, HTTP/1.1, forward secrecy, authenticated ciphers.
+
+    Raises:
+        ConfigError: naming the key whose file cannot be used.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Of TLS 1.2, what Mozilla's "intermediate" has and all clients of the last ten years know.
+    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    _check_certificates(files.certificate_file, naming("certificate_file"))
+    _load_own(context, files, naming)
+    if files.client_ca_file:
+        _check_certificates(files.client_ca_file, naming("client_ca_file"))
+        context.load_verify_locations(cafile=files.client_ca_file)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def end_of(certificate_file: str, context: ssl.SSLContext) -> float:
+    """Unix time at which a server's certificate expires, as its clients see it.
+
+    Raises:
+        ssl.SSLError: it does not do for a server.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    # ssl tells dates of verified certificates only: this one vouches for itself, at any time.
+    client.verify_flags = ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+    client.load_verify_locations(cafile=certificate_file)
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    theirs = context.wrap_bio(up, down, server_side=True)
+    ours = client.wrap_bio(down, up)
+    for _ in range(_FLIGHTS):
+        for side in (ours, theirs):
+            with suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+            if (certificate := _peer_certificate(ours)) is not None:
+                return ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+    raise AssertionError("a handshake in memory has an end")
+
+
+def _peer_certificate(side: ssl.SSLObject) -> Mapping[str, object] | None:
+    try:
+        return side.getpeercert()
+    except ValueError:
+        # The handshake is not done yet.
+        return None
 
 
 async def secured(
@@ -162,7 +233,7 @@ def _explain_verification(error: ssl.SSLCertVerificationError, peer: str) -> str
     return f"{peer}'s certificate is not valid: {message}"
 
 
-def _load_own(context: ssl.SSLContext, files: TlsFiles, naming: Naming) -> None:
+def _load_own(context: ssl.SSLContext, files: OwnFiles, naming: Naming) -> None:
     path = files.key_file or files.certificate_file
     key = naming("key_file" if files.key_file else "certificate_file")
     _check_readable(path, key)

@@ -1,0 +1,139 @@
+"""TLS on the upload port: the handshake, under a deadline, before anything else is read.
+
+Unix sockets have none: their files' permissions guard them. Whoever does not get through gets a
+clear end: an alert, or an answer in plain HTTP if that is what it speaks. What certificates say
+and who may upload is decided elsewhere.
+"""
+
+import logging
+import socket
+import ssl
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final, cast
+
+import trio
+
+from relay.config import HttpConfig
+from relay.errors import BadRequest, ClientGone
+from relay.logs import fields
+from relay.server.connection import HttpConnection
+from relay.server.identity import Peer, name_in
+from relay.server.responses import problem
+from relay.tls import explain, server_context
+
+log = logging.getLogger(__name__)
+
+Serve = Callable[[trio.abc.Stream, Peer], Awaitable[None]]
+
+GOODBYE: Final = 1.0
+"""Seconds to send an alert, or TLS's own goodbye: the client may not be reading."""
+
+_HANDSHAKE: Final = b"\x16"
+
+
+class TlsServer:
+    """Serves connections behind TLS."""
+
+    def __init__(self, config: HttpConfig, serve: Serve) -> None:
+        """``serve`` gets each connection, decrypted, and its peer with the certificate's name.
+
+        Raises:
+            ConfigError: a file cannot be used.
+        """
+        self._config = config
+        self._serve = serve
+        self._context = _context(config)
+
+    def reload(self) -> None:
+        """Read the files again; they count for new connections.
+
+        Raises:
+            ConfigError: a file cannot be used; nothing has changed.
+        """
+        self._context = _context(self._config)
+
+    async def serve(self, stream: trio.SocketStream, peer: Peer) -> None:
+        """Serve one connection to its end."""
+        if stream.socket.family == socket.AF_UNIX:
+            await self._serve(stream, peer)
+            return
+        deadline = trio.current_time() + self._config.header_timeout
+        with trio.move_on_at(deadline) as scope:
+            first = await _peek(stream)
+        if scope.cancelled_caught or not first:
+            return
+        if first != _HANDSHAKE:
+            await self._refuse(stream, peer)
+            return
+        secured = await self._handshake(stream, peer, deadline)
+        if secured is not None:
+            await self._serve(secured, replace(peer, client=_name(secured)))
+            with trio.move_on_after(GOODBYE):
+                await secured.aclose()
+
+    async def _refuse(self, stream: trio.SocketStream, peer: Peer) -> None:
+        """Answer what is not TLS, as if it were HTTP, which it probably is."""
+        log.info("no TLS with a client: it sends something else", extra=fields(peer=peer.address))
+        answer = problem(BadRequest("this port speaks TLS: use https"))
+        with suppress(ClientGone):
+            await HttpConnection(stream, self._config).respond(answer, close=True)
+
+    async def _handshake(
+        self, stream: trio.SocketStream, peer: Peer, deadline: float
+    ) -> trio.SSLStream[trio.SocketStream] | None:
+        tap = _Tap(self._context)
+        secured = trio.SSLStream(stream, cast(ssl.SSLContext, tap), server_side=True)
+        reason = "no end of the handshake in time"
+        with trio.move_on_at(deadline) as scope:
+            try:
+                await secured.do_handshake()
+                return secured
+            except trio.BrokenResourceError as exc:
+                cause = exc.__cause__ if isinstance(exc.__cause__, Exception) else exc
+                reason = explain(cause, "the client")
+        log.info("no TLS with a client: %s", reason, extra=fields(peer=peer.address))
+        if not scope.cancelled_caught:
+            await self._say_why(stream, tap.outgoing.read())
+        return None
+
+    async def _say_why(self, stream: trio.SocketStream, alert: bytes) -> None:
+        """Send OpenSSL's last words, which trio leaves unsent, and see that they are received."""
+        with suppress(trio.BrokenResourceError), trio.move_on_after(GOODBYE):
+            await stream.send_all(alert)
+        await HttpConnection(stream, self._config).linger()
+
+
+class _Tap:
+    """What SSLStream needs of an SSLContext; keeps what is to go out where it can be found."""
+
+    def __init__(self, context: ssl.SSLContext) -> None:
+        self._context = context
+        self.outgoing = ssl.MemoryBIO()
+
+    def wrap_bio(
+        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, **options: Any
+    ) -> ssl.SSLObject:
+        self.outgoing = outgoing
+        return self._context.wrap_bio(incoming, outgoing, **options)
+
+
+def _context(config: HttpConfig) -> ssl.SSLContext:
+    return server_context(config.tls, lambda key: f"http.tls.{key}")
+
+
+async def _peek(stream: trio.SocketStream) -> bytes:
+    """The client's first byte, left where it is; empty if it is gone."""
+    try:
+        return bytes(await stream.socket.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return b""
+
+
+def _name(secured: trio.SSLStream[trio.SocketStream]) -> str | None:
+    try:
+        return name_in(secured.getpeercert())
+    except ValueError:
+        # ssl decodes names as UTF-8, whatever the CA let into them.
+        return None
