@@ -1,7 +1,8 @@
 """``relay check``: whether the daemon would find all it needs, before it is started.
 
 Goes the daemon's own way to each broker in turn, and tells what that and the verification of the
-routes find. What can be wrong with a route, this module does not know.
+routes find, and what there is to say about who may upload. What can be wrong with a route or a
+certificate, this module does not know.
 """
 
 import json
@@ -18,6 +19,7 @@ import trio
 from relay.broker.publisher import Publisher, Refusals
 from relay.broker.routes import Finding, Severity, verify_routes
 from relay.broker.session import Session
+from relay.check_access import check_access
 from relay.config import AmqpConfig, Config
 from relay.errors import BrokerError
 from relay.transfer import new_transfer_id
@@ -48,15 +50,13 @@ def check(config: Config, *, show: bool = False) -> int:
         ConfigError: the daemon would not start with it.
     """
     Publisher(config.amqp, config.routes)
+    findings = check_access(config)
     # The publisher logs what is told here in other words.
     logging.getLogger().addHandler(logging.NullHandler())
     if show:
         sys.stdout.write(effective(config))
-    findings = [
-        finding
-        for url in config.amqp.urls
-        for finding in trio.run(_check_broker, config, url, len(config.amqp.urls) > 1)
-    ]
+    for url in config.amqp.urls:
+        findings += trio.run(_check_broker, config, url, len(config.amqp.urls) > 1)
     for finding in findings:
         if finding.severity is not Severity.NOTE:
             print(f"{finding.severity.value}: {finding}", file=sys.stderr)

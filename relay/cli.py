@@ -48,7 +48,26 @@ def _serve(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> int:
     from relay.check import check
 
-    return check(load(arguments.config), show=arguments.show)
+    config = load(arguments.config)
+    with naming(arguments.config):
+        return check(config, show=arguments.show)
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    from relay.server.tokens import append, line_of, new_token
+
+    token = new_token()
+    line = line_of(arguments.name, token)
+    if arguments.append is None:
+        print(line, file=sys.stderr)
+    else:
+        try:
+            append(arguments.append, line)
+        except OSError as exc:
+            print(f"relay: {arguments.append} cannot be written: {exc.strerror}", file=sys.stderr)
+            return 1
+    print(token)
+    return 0
 
 
 def _receive(arguments: argparse.Namespace) -> int:
@@ -158,6 +177,27 @@ def _parser() -> argparse.ArgumentParser:
         help="print the effective configuration as TOML, passwords masked",
     )
     check.set_defaults(run=_check)
+
+    token = commands.add_parser(
+        "token",
+        help="make a bearer token for a client",
+        description="Print a new token, once, on standard output, and its line for"
+        " auth.tokens_file on standard error. The line has a hash of it: whoever reads that file"
+        " has no token. Several lines of one name are valid at once; SIGHUP makes the daemon read"
+        " them.",
+    )
+    token.add_argument(
+        "name",
+        metavar="NAME",
+        nargs="?",
+        type=_token_name,
+        default="client",
+        help='the client whose it is (default "client")',
+    )
+    token.add_argument(
+        "--append", metavar="FILE", type=Path, help="add the line to FILE (0600 if it is made)"
+    )
+    token.set_defaults(run=_token)
 
     receive = commands.add_parser(
         "receive",
@@ -373,6 +413,14 @@ def _not_negative(value: str) -> int:
     if not value.isdecimal():
         raise argparse.ArgumentTypeError("must be an integer of 0 or more")
     return int(value)
+
+
+def _token_name(value: str) -> str:
+    from relay.server.tokens import is_token_name
+
+    if not is_token_name(value):
+        raise argparse.ArgumentTypeError("must be 1 to 128 bytes of printable text without colons")
+    return value
 
 
 def _positive(value: str) -> int:

@@ -32,6 +32,7 @@ TABLE = """
     client.exchange        | trio h11                | all but tls
     daemon                 | trio prometheus_client  | receiver
     check                  | trio                    | receiver server protocol
+    check_access           |                         | receiver server protocol but server.tokens
     allocator              |                         | all
                            |                         |
     receiver.consumer      | trio pika               | server transfer

@@ -8,6 +8,7 @@ knows neither HTTP nor who may do what, and its errors quote no line: one may ha
 """
 
 import hmac
+import os
 import re
 import secrets
 from collections.abc import Iterator
@@ -83,6 +84,19 @@ def load(path: str) -> Tokens:
         raise ConfigError(f"{_KEY}: {path} is not UTF-8") from None
     except ValueError as exc:
         raise ConfigError(f"{_KEY}: {path}, {exc}") from None
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a tokens file; made for its owner alone if there is none.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600), "rb+") as file:
+        file.seek(0)
+        ends_in_line = file.read()[-1:] in (b"", b"\n")
+        file.write(b"" if ends_in_line else b"\n")
+        file.write(f"{line}\n".encode())
 
 
 def _hash(token: bytes) -> str:
