@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator
 
 import trio
@@ -95,7 +96,7 @@ class Daemon:
                 nursery.start_soon(self._serve_uploads, upload_listeners, nursery)
                 nursery.start_soon(self._reload_on, hangups)
                 _announce(upload_listeners, admin_listeners)
-                _announce_access(config, self._access)
+                _announce_access(config, self._access, upload_listeners)
                 log.info("started", extra=fields(version=__version__, pid=os.getpid()))
                 nursery.start_soon(self._tell_systemd)
                 signal_number = await anext(signals)
@@ -256,14 +257,16 @@ def _access(config: Config) -> Access:
     )
 
 
-def _announce_access(config: Config, access: Access) -> None:
-    open_to_all = config.http.anonymous and exposed(config)
-    log.log(
-        logging.WARNING if open_to_all else logging.INFO,
-        "who may upload: %s",
-        access.describe(certificates=bool(config.http.tls.client_ca_file)),
-        extra=fields(anonymous_from=", ".join(open_to_all) if open_to_all else None),
+def _announce_access(
+    config: Config, access: Access, upload_listeners: list[trio.SocketListener]
+) -> None:
+    families = [listener.socket.family for listener in upload_listeners]
+    who = access.describe(
+        certificates=bool(config.http.tls.client_ca_file),
+        unix_sockets=socket.AF_UNIX in families,
     )
+    is_open = config.http.anonymous and exposed(config)
+    log.log(logging.WARNING if is_open else logging.INFO, "who may upload: %s", who)
 
 
 def _raise_file_limit() -> None:

@@ -77,8 +77,13 @@ class Access:
             raise Unauthorized("the route needs a bearer token")
         raise Forbidden("this client may not use the route")
 
-    def describe(self, *, certificates: bool) -> str:
-        """Who may upload, in words for the log; ``certificates``: on TCP, clients must have one."""
+    def describe(self, *, certificates: bool, unix_sockets: bool) -> str:
+        """Who may upload, in words for the log.
+
+        Args:
+            certificates: clients must have one, but for those on Unix sockets.
+            unix_sockets: there are any.
+        """
         who = []
         if self.tokens is not None:
             number = len(self.tokens.clients)
@@ -87,7 +92,8 @@ class Access:
             who.append("holders of a client certificate")
         if not who:
             return "anybody who can connect"
-        who.append("users of its Unix sockets")
+        if unix_sockets:
+            who.append("users on Unix sockets")
         if self._anonymous:
             who.append("anonymous clients")
         return ", ".join(who)
