@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from relay.broker.routes import Finding, Severity
 from relay.check import effective, summary
 from relay.cli import main
-from relay.config import AmqpConfig, Config, HttpConfig, QueueConfig, RouteConfig, load
+from relay.config import (
+    AmqpConfig,
+    AuthConfig,
+    Config,
+    HttpConfig,
+    QueueConfig,
+    RouteConfig,
+    TlsConfig,
+    is_client_name,
+    load,
+)
 
 NO_PASSWORD = AmqpConfig(urls=("amqp://broker",))
 
@@ -37,6 +47,7 @@ def routes(draw: st.DrawFn) -> dict[str, RouteConfig]:
             frame_size=draw(st.integers(4096, 8 * 1024 * 1024)),
             digests=tuple(draw(st.lists(st.sampled_from(["crc32c", "sha-256"]), max_size=2))),
             max_bytes=draw(st.integers(0, 2**50)),
+            clients=tuple(draw(st.lists(texts.filter(is_client_name), max_size=2))),
             queue=draw(st.none() | queues),
         )
         for name in draw(st.lists(route_names, max_size=3, unique=True))
@@ -58,7 +69,12 @@ def test_any_configuration_that_is_shown_loads_as_the_same(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     config = Config(
-        http=HttpConfig(max_header_bytes=header_bytes, min_body_rate_grace=grace),
+        http=HttpConfig(
+            max_header_bytes=header_bytes,
+            min_body_rate_grace=grace,
+            tls=TlsConfig(certificate_file="c.pem", client_ca_file="ca.pem"),
+        ),
+        auth=AuthConfig(tokens_file="tokens"),
         amqp=replace(NO_PASSWORD, reconnect_grace=grace, window=window),
         routes=routes,
     )

@@ -8,8 +8,9 @@ import pytest
 
 from relay import __version__
 from relay.cli import main
+from relay.server.tokens import Tokens
 
-COMMANDS = ["serve", "receive", "send", "demo"]
+COMMANDS = ["serve", "receive", "send", "token", "demo"]
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
                 *("--certificate-file", "--key-file", "--json", "--quiet"),
             ],
         ),
+        ("token", ["NAME", "--append"]),
         ("demo", ["FILE"]),
     ],
 )
@@ -86,6 +88,8 @@ def test_each_command_has_help_on_what_it_takes(
         (["send"], "FILE"),
         (["send", "x", "--digest", "md5"], "--digest: invalid choice"),
         (["send", "x", "--retry-for", "soon"], '--retry-for: must be seconds or text such as "30'),
+        (["token", "uid:1"], "NAME: must be 1 to 128 bytes of printable text without colons"),
+        (["token", "#x"], "NAME: must be"),
         (["receive"], "--queue, --output"),
         (["receive", "--queue", "q"], "--output"),
         (
@@ -167,6 +171,34 @@ def test_a_broker_that_cannot_be_one_is_an_error_of_usage_to_receive(
     (line,) = capsys.readouterr().err.splitlines()
     assert "--amqp" in line
     assert not output.exists()
+
+
+def test_a_token_is_printed_apart_from_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code("token", "alice") == 0
+    out, err = capsys.readouterr()
+    assert Tokens(err).client_of(out.removesuffix("\n").encode()) == "alice"
+    assert out.strip() not in err
+
+
+def test_a_tokens_line_is_added_to_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "tokens"
+    for name in (["alice"], []):
+        assert exit_code("token", *name, "--append", str(path)) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    tokens = Tokens(path.read_text())
+    assert [tokens.client_of(line.encode()) for line in out.split()] == ["alice", "client"]
+
+
+def test_no_token_is_printed_that_is_not_in_the_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "absent" / "tokens"
+    assert exit_code("token", "--append", str(path)) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"relay: {path} cannot be written: No such file or directory\n")
 
 
 def test_ctrl_c_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ class Daemon:
         cwd: Path | None = None,
         wait_ready: bool = True,
         listen: str = "127.0.0.1:0",
+        also: Sequence[str] = (),
     ) -> None:
         """Prepare, but do not start it.
 
@@ -55,11 +56,15 @@ class Daemon:
             cwd: its working directory.
             wait_ready: have ``start`` wait for the broker, too.
             listen: the address of the upload listener, on any port unless it names one.
+            also: further addresses for uploads.
         """
         path = directory / "relay.toml"
         path.write_text(config)
         urls = [amqp] if isinstance(amqp, str) else amqp
         self._command = [*prefix, sys.executable, "-m", "relay", "serve", "--config", str(path)]
+        # Of several addresses, the last one is the one whose port is looked for in the log.
+        for address in also:
+            self._command += ["--listen", address]
         for url in urls:
             self._command += ["--amqp", url]
         self._env = {**(os.environ if env is None else env)}

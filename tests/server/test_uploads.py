@@ -1,12 +1,13 @@
 """The registry of uploads: its limits, and the end of all uploads at shutdown."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from relay.errors import ShuttingDown, TooManyUploads
+from relay.errors import ClientBusy, ShuttingDown, TooManyUploads
 from relay.model import Transfer
 from relay.server.uploads import READ_BUDGET, READ_SIZE_MAX, READ_SIZE_MIN, UploadRecord, Uploads
 
@@ -45,6 +46,29 @@ async def test_as_many_uploads_as_allowed_and_not_one_more() -> None:
             stack.enter_context(uploads.enter(a_transfer(9), "a:1"))
         assert len(uploads) == 3
     uploads.check()
+
+
+async def test_each_client_has_a_limit_of_its_own_and_an_anonymous_one_is_its_host() -> None:
+    uploads = Uploads(10, per_client=2)
+    with ExitStack() as stack:
+
+        def enter(client: str | None, peer: str) -> None:
+            transfer = replace(a_transfer(), client=client)
+            uploads.check(client, peer)
+            stack.enter_context(uploads.enter(transfer, peer))
+
+        for client, peer in (("a", "h:1"), ("a", "i:2"), (None, "h:3"), (None, "h:4")):
+            enter(client, peer)
+        for client, peer in (("a", "j:1"), (None, "h:5")):
+            with pytest.raises(ClientBusy):
+                uploads.check(client, peer)
+            with pytest.raises(ClientBusy):
+                enter(client, peer)
+        for client, peer in (("b", "h:1"), (None, "i:1"), ("h", "h:1")):
+            enter(client, peer)
+        # Whether uploads would be admitted at all is another question.
+        uploads.check()
+    uploads.check("a", "h:1")
 
 
 async def test_the_read_sizes_of_all_uploads_stay_within_the_budget() -> None:
