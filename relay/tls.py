@@ -130,6 +130,9 @@ def server_context(files: ServerFiles, naming: Naming) -> ssl.SSLContext:
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
+    # No tickets after the handshake: a client that never reads would leave with them unread, which
+    # resets the connection under what it sent; and with TLS 1.3 each client is verified anew.
+    context.num_tickets = 0
     _check_certificates(files.certificate_file, naming("certificate_file"))
     _load_own(context, files, naming)
     if files.client_ca_file:

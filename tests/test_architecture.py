@@ -67,6 +67,7 @@ TABLE = """
     server.pages           | trio prometheus_client  | broker transfer protocol server.uploads
     server.tls             | trio                    | broker transfer protocol
     server.connection      | trio h11                | broker transfer
+    server.tls_stream      | trio                    | all
     server.uploads         | trio                    | broker transfer protocol
     server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol

@@ -41,7 +41,7 @@ class HttpConnection:
         awaits_response: whether a request has begun to arrive, and its last response has not.
     """
 
-    def __init__(self, stream: trio.abc.Stream, config: HttpConfig) -> None:
+    def __init__(self, stream: trio.abc.HalfCloseableStream, config: HttpConfig) -> None:
         self._stream = stream
         self._config = config
         self._h11 = h11.Connection(h11.SERVER)
@@ -222,7 +222,7 @@ class HttpConnection:
             data += self._h11.send(h11.Data(data=response.body))
         await self._send(data)
         if close:
-            await self.linger()
+            await self._linger()
 
     async def _send(self, data: bytes) -> None:
         with trio.move_on_after(self._config.body_idle_timeout) as scope:
@@ -233,24 +233,26 @@ class HttpConnection:
         if scope.cancelled_caught:
             raise ClientGone("the client did not take the response")
 
-    async def linger(self) -> None:
-        """End the connection's output, and discard input for a while (RFC 9112, section 9.6).
-
-        Closing with unread input makes the kernel send a reset, which can reach the client before
-        the response and erase it.
-        """
+    async def _linger(self) -> None:
         # Nothing is kept while it lasts: a client that is not served must not cost a read buffer.
         self._unread = b""
         self._h11 = h11.Connection(h11.SERVER)
-        with trio.move_on_after(LINGER_TIMEOUT):
-            try:
-                # TLS has no half-close; there, Content-Length alone says that all is said.
-                if isinstance(self._stream, trio.abc.HalfCloseableStream):
-                    await self._stream.send_eof()
-                goes_on = True
-                while goes_on:
-                    goes_on = False
-                    with trio.move_on_after(LINGER_IDLE):
-                        goes_on = bool(await self._stream.receive_some(SMALL_READ_SIZE))
-            except trio.BrokenResourceError:
-                return
+        await linger(self._stream)
+
+
+async def linger(stream: trio.abc.HalfCloseableStream) -> None:
+    """End a connection's output, and discard its input for a while (RFC 9112, section 9.6).
+
+    Closing with unread input makes the kernel send a reset, which can reach the client before
+    what was sent last and erase it.
+    """
+    with trio.move_on_after(LINGER_TIMEOUT):
+        try:
+            await stream.send_eof()
+            goes_on = True
+            while goes_on:
+                goes_on = False
+                with trio.move_on_after(LINGER_IDLE):
+                    goes_on = bool(await stream.receive_some(SMALL_READ_SIZE))
+        except trio.BrokenResourceError:
+            return

@@ -66,7 +66,7 @@ class Pages:
         self._pages = {path.encode(): page for path, page in pages.items()}
         self._known = ", ".join(pages)
 
-    async def serve(self, stream: trio.abc.Stream, _peer: Peer) -> None:
+    async def serve(self, stream: trio.abc.HalfCloseableStream, _peer: Peer) -> None:
         """Answer requests until the connection ends."""
         connection = HttpConnection(stream, self._config)
         try:

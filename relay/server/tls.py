@@ -11,24 +11,25 @@ import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, Final, cast
+from typing import Final
 
 import trio
 
 from relay.config import HttpConfig
 from relay.errors import BadRequest, ClientGone
 from relay.logs import fields
-from relay.server.connection import HttpConnection
+from relay.server.connection import HttpConnection, linger
 from relay.server.identity import Peer, name_in
 from relay.server.responses import problem
+from relay.server.tls_stream import TlsStream
 from relay.tls import explain, server_context
 
 log = logging.getLogger(__name__)
 
-Serve = Callable[[trio.abc.Stream, Peer], Awaitable[None]]
+Serve = Callable[[trio.abc.HalfCloseableStream, Peer], Awaitable[None]]
 
 GOODBYE: Final = 1.0
-"""Seconds to send an alert, or TLS's own goodbye: the client may not be reading."""
+"""Seconds to send TLS's own: the client may not be reading."""
 
 _HANDSHAKE: Final = b"\x16"
 
@@ -67,11 +68,11 @@ class TlsServer:
         if first != _HANDSHAKE:
             await self._refuse(stream, peer)
             return
-        secured = await self._handshake(stream, peer, deadline)
-        if secured is not None:
+        secured = TlsStream(stream, self._context)
+        if await self._handshake(secured, peer, deadline):
             await self._serve(secured, replace(peer, client=_name(secured)))
-            with trio.move_on_after(GOODBYE):
-                await secured.aclose()
+            with suppress(trio.BrokenResourceError), trio.move_on_after(GOODBYE):
+                await secured.send_eof()
 
     async def _refuse(self, stream: trio.SocketStream, peer: Peer) -> None:
         """Answer what is not TLS, as if it were HTTP, which it probably is."""
@@ -80,43 +81,21 @@ class TlsServer:
         with suppress(ClientGone):
             await HttpConnection(stream, self._config).respond(answer, close=True)
 
-    async def _handshake(
-        self, stream: trio.SocketStream, peer: Peer, deadline: float
-    ) -> trio.SSLStream[trio.SocketStream] | None:
-        tap = _Tap(self._context)
-        secured = trio.SSLStream(stream, cast(ssl.SSLContext, tap), server_side=True)
+    async def _handshake(self, secured: TlsStream, peer: Peer, deadline: float) -> bool:
+        """Returns whether it was successful; if not, the client knows."""
         reason = "no end of the handshake in time"
         with trio.move_on_at(deadline) as scope:
             try:
                 await secured.do_handshake()
-                return secured
+                return True
             except trio.BrokenResourceError as exc:
                 cause = exc.__cause__ if isinstance(exc.__cause__, Exception) else exc
                 reason = explain(cause, "the client")
         log.info("no TLS with a client: %s", reason, extra=fields(peer=peer.address))
         if not scope.cancelled_caught:
-            await self._say_why(stream, tap.outgoing.read())
-        return None
-
-    async def _say_why(self, stream: trio.SocketStream, alert: bytes) -> None:
-        """Send OpenSSL's last words, which trio leaves unsent, and see that they are received."""
-        with suppress(trio.BrokenResourceError), trio.move_on_after(GOODBYE):
-            await stream.send_all(alert)
-        await HttpConnection(stream, self._config).linger()
-
-
-class _Tap:
-    """What SSLStream needs of an SSLContext; keeps what is to go out where it can be found."""
-
-    def __init__(self, context: ssl.SSLContext) -> None:
-        self._context = context
-        self.outgoing = ssl.MemoryBIO()
-
-    def wrap_bio(
-        self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, **options: Any
-    ) -> ssl.SSLObject:
-        self.outgoing = outgoing
-        return self._context.wrap_bio(incoming, outgoing, **options)
+            # The alert must not be overtaken by a reset, for what the client sent meanwhile.
+            await linger(secured.transport)
+        return False
 
 
 def _context(config: HttpConfig) -> ssl.SSLContext:
@@ -131,9 +110,9 @@ async def _peek(stream: trio.SocketStream) -> bytes:
         return b""
 
 
-def _name(secured: trio.SSLStream[trio.SocketStream]) -> str | None:
+def _name(secured: TlsStream) -> str | None:
     try:
-        return name_in(secured.getpeercert())
+        return name_in(secured.ssl_object.getpeercert())
     except ValueError:
         # ssl decodes names as UTF-8, whatever the CA let into them.
         return None

@@ -41,7 +41,7 @@ class Server:
 
     @asynccontextmanager
     async def client(self, peer: Peer = PEER) -> AsyncGenerator[MemoryClient, None]:
-        async def serve(stream: trio.abc.Stream, _: Peer) -> None:
+        async def serve(stream: trio.abc.HalfCloseableStream, _: Peer) -> None:
             await self.handler.serve(stream, peer)
 
         async with connected(serve) as client:

@@ -830,7 +830,7 @@ async def upload_cancelled_by(
 ) -> int | None:
     """Send one upload in all its stages. Returns the status of its final answer, if any came."""
 
-    async def serve(stream: trio.abc.Stream, peer: Peer) -> None:
+    async def serve(stream: trio.abc.HalfCloseableStream, peer: Peer) -> None:
         instrument.watch()
         with scope:
             await server.handler.serve(stream, peer)

@@ -39,7 +39,7 @@ class Site:
         self.server = TlsServer(config, self.echo)
         self.address = ""
 
-    async def echo(self, stream: trio.abc.Stream, peer: Peer) -> None:
+    async def echo(self, stream: trio.abc.HalfCloseableStream, peer: Peer) -> None:
         try:
             while data := await stream.receive_some():
                 await stream.send_all(f"{peer.client} ".encode() + data)
