@@ -94,7 +94,7 @@ class Access:
             return "anybody who can connect"
         if unix_sockets:
             who.append("users on Unix sockets")
-        if self._anonymous:
+        if self._anonymous and not certificates:
             who.append("anonymous clients")
         return ", ".join(who)
 
