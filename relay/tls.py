@@ -74,6 +74,7 @@ _FLIGHTS: Final = 8
 _REASONS: Final = {
     "WRONG_VERSION_NUMBER": "its port does not speak TLS",
     "PACKET_LENGTH_TOO_LONG": "its port does not speak TLS",
+    "PEER_DID_NOT_RETURN_A_CERTIFICATE": "{peer} showed no certificate",
     "UNSUPPORTED_PROTOCOL": "it does not offer TLS 1.2 or later",
 }
 

@@ -26,7 +26,7 @@ from relay.protocol.framing import crc32c
 from relay.server.handler import UploadHandler
 from relay.server.uploads import Uploads
 from tests.http_server import ScriptedServer
-from tests.memory_broker import MemoryBroker
+from tests.memory_broker import PEER, MemoryBroker
 
 Script = Callable[[ScriptedServer], Awaitable[None]]
 HOUR = 3600.0
@@ -506,7 +506,7 @@ def test_any_files_arrive_at_the_daemon(
             async def connect() -> trio.abc.Stream:
                 await trio.lowlevel.checkpoint()
                 ours, theirs = memory_stream_pair()
-                nursery.start_soon(handler.serve, theirs, "peer")
+                nursery.start_soon(handler.serve, theirs, PEER)
                 return ours
 
             with Report(total=None, as_json=False, is_quiet=True) as report:

@@ -268,6 +268,27 @@ def test_a_certificate_is_a_name_and_without_one_nobody_gets_in(
     assert names == ["uploader.example", "alice"]
 
 
+def test_relay_send_gets_in_with_its_token_and_with_its_certificate(
+    rabbitmq: RabbitMQNode, tmp_path: Path, site: Site
+) -> None:
+    tokens, secret = tmp_path / "tokens", tmp_path / "alice.token"
+    secret.write_text(make_token("alice", tokens) + "\n")
+    config = site.config(client_ca=True) + f'[auth]\ntokens_file = "{tokens}"\n'
+    with Daemon(rabbitmq.url, config + route("auth.send"), directory=tmp_path) as daemon:
+        to = ("send", str(secret), "--to", https(daemon), "--ca-file", str(site.ca_file))
+        certificate = ("--certificate-file", str(site.client.certificate))
+        key = ("--key-file", str(site.client.key))
+        for token in ((), ("--token-file", str(secret))):
+            done = run_relay(*to, *certificate, *key, *token)
+            assert (done.returncode, done.stderr) == (0, "")
+        done = run_relay(*to, "--token-file", str(secret))
+        assert done.returncode == 1
+        assert "asked for a client certificate" in done.stderr
+    received = transfers_in(rabbitmq.url, "auth.send", ended=2)
+    names = [transfer.transfer.client for transfer in received.values()]
+    assert names == ["uploader.example", "alice"]
+
+
 # --- Unix sockets -------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from relay.server.handler import UploadHandler
 from relay.server.identity import Peer
 from relay.server.uploads import Uploads
 from tests.memory_broker import (
+    PEER,
     Answer,
     MemoryBroker,
     MemoryClient,
@@ -926,7 +927,7 @@ async def test_a_bug_is_told_and_its_client_hears_nothing_of_what_it_was(
     await client.send_all(put(LARGE))
     await client.send_eof()
     with pytest.raises(ZeroDivisionError):
-        await server.handler.serve(stream, "peer")
+        await server.handler.serve(stream, PEER)
     received = bytes(await client.receive_some())
     assert received.startswith(b"HTTP/1.1 %d " % status)
     assert b"secret" not in received
@@ -940,7 +941,7 @@ async def test_a_bug_after_an_answer_is_not_answered(
     client, stream = memory_stream_pair()
     await client.send_all(put(LARGE, "/upload/name", "Connection: close"))
     with pytest.raises(ZeroDivisionError):
-        await server.handler.serve(stream, "peer")
+        await server.handler.serve(stream, PEER)
     received = bytes(await client.receive_some())
     assert received.startswith(b"HTTP/1.1 201 ")
     assert received.count(b"HTTP/1.1") == 1
