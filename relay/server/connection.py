@@ -124,7 +124,7 @@ class HttpConnection:
     @property
     def body_read(self) -> bool:
         """Whether the body has been received to its end."""
-        return not self._left if self._chunked is None else self._h11.their_state is h11.DONE
+        return not self._left and self._chunked is None
 
     async def receive(self, max_bytes: int = READ_SIZE) -> bytes:
         """The next bytes of the body, at most ``max_bytes``; empty at its end.
@@ -154,6 +154,8 @@ class HttpConnection:
             if isinstance(event, h11.Data):
                 return bytes(event.data)
             if isinstance(event, h11.EndOfMessage):
+                # Not h11's state: where the client offered an upgrade, it would wait for our yes.
+                self._chunked = None
                 return b""
             data = await self._read_body(max_bytes)
             used = validator.feed(data)
