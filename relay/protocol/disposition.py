@@ -17,15 +17,23 @@ from relay.protocol.head import TCHARS
 _VALUE = re.compile(rf"[ \t]*({TCHARS}(?:/{TCHARS})?)")
 
 
-def _parameter(quoted: str) -> re.Pattern[str]:
-    # Recipients agree on white space around ";" and "=" and on empty parameters.
-    return re.compile(rf"[ \t]*;[ \t]*(?:({TCHARS})[ \t]*=[ \t]*({TCHARS}|{quoted}))?")
+def _parameter(quoted: str, space: str = r"[ \t]*") -> re.Pattern[str]:
+    # Recipients agree on white space around ";" and on empty parameters.
+    return re.compile(rf"[ \t]*;[ \t]*(?:({TCHARS}){space}={space}({TCHARS}|{quoted}))?")
 
 
-_STANDARD = _parameter(r'"[^"\\]*(?:\\.[^"\\]*)*"')
-# Browsers percent-encode quotes and leave backslashes alone: "C:\" is complete.
+_QUOTED = r'"[^"\\]*(?:\\.[^"\\]*)*"'
+# MIME allows white space around "=", HTTP does not (RFC 9110, section 5.6.6).
+_HTTP = _parameter(_QUOTED, space="")
+_MIME = _parameter(_QUOTED)
+# Browsers percent-encode quotes and leave backslashes alone: "C:\" is complete. No value can be
+# split by both patterns in two ways: each needs the other's escaped quotes to be delimiters.
 _BROWSER = _parameter(r'"[^"]*"')
-_EXTENDED = re.compile(r"(?i:utf-8)'[0-9A-Za-z-]*'((?:[!#$&+\-.^_`|~0-9A-Za-z]|%[0-9A-Fa-f]{2})*)")
+# In quotes, as Apache HttpClient 5 sends it, it is the same and cannot be anything else.
+_EXTENDED = re.compile(
+    r"(\"?)(?i:utf-8)'[0-9A-Za-z-]*'((?:[!#$&+\-.^_`|~0-9A-Za-z]|%[0-9A-Fa-f]{2})*)\1"
+)
+_CONTINUED = re.compile(r"[^*]*\*[0-9].*")
 
 
 class Disposition(NamedTuple):
@@ -39,31 +47,44 @@ class Disposition(NamedTuple):
 def disposition_params(value: str) -> Disposition:
     """Parse a Content-Disposition value, of a request or of a part.
 
-    ``name*`` and ``filename*`` (RFC 8187, UTF-8 only) win over ``name`` and ``filename``.
+    ``filename*`` (RFC 8187, UTF-8 only) wins over ``filename``: .NET and Apache HttpClient send
+    both. ``name*`` may stand in the place of ``name``.
 
     Raises:
-        ValueError: malformed, a parameter given twice, another charset, or a NUL in a name.
+        ValueError: malformed, a parameter given twice or in pieces, another charset, or a NUL in a
+            name.
     """
-    type_, parameters = split_parameters(value)
-    return Disposition(type_, _name(parameters, "name"), _name(parameters, "filename"))
+    main = _start(value)
+    try:
+        parameters = _split(_MIME, value, main.end())
+    except ValueError:
+        parameters = _split(_BROWSER, value, main.end())
+    # Some recipients put them together (RFC 2231, section 3), others ignore them.
+    if any(map(_CONTINUED.fullmatch, parameters)):
+        raise ValueError("a parameter in pieces")
+    # aiohttp sends name* alone, and no client both: who reads one of them would see another field.
+    if "name" in parameters and "name*" in parameters:
+        raise ValueError("both name and name*")
+    return Disposition(main[1].lower(), _name(parameters, "name"), _name(parameters, "filename"))
 
 
-def split_parameters(value: str) -> tuple[str, dict[str, str]]:
-    """Split ``value; key=value…`` into the lower-case value, and lower-case keys with their values.
-
-    The values are as sent: with their quotes, if any.
+def media_type_params(value: str) -> dict[str, str]:
+    """The parameters of a request's Content-Type: lower-case keys, values with their quotes.
 
     Raises:
-        ValueError: malformed, or a key given twice.
+        ValueError: malformed, a key given twice, or one in the extended notation of RFC 2231.
     """
+    parameters = _split(_HTTP, value, _start(value).end())
+    if any("*" in key for key in parameters):
+        raise ValueError("an extended parameter")
+    return parameters
+
+
+def _start(value: str) -> re.Match[str]:
     main = _VALUE.match(value)
     if main is None:
         raise ValueError("no value before the parameters")
-    try:
-        parameters = _split(_STANDARD, value, main.end())
-    except ValueError:
-        parameters = _split(_BROWSER, value, main.end())
-    return main[1].lower(), parameters
+    return main
 
 
 def _split(pattern: re.Pattern[str], value: str, position: int) -> dict[str, str]:
@@ -98,4 +119,4 @@ def _decode_extended(value: str) -> str:
     match = _EXTENDED.fullmatch(value)
     if match is None:
         raise ValueError("not an extended value of RFC 8187 in UTF-8")
-    return unquote_to_bytes(match[1]).decode("utf-8")
+    return unquote_to_bytes(match[2]).decode("utf-8")

@@ -15,11 +15,15 @@ import multipart
 from relay.errors import BadMultipart, HeadersTooLarge, TooLarge
 from relay.model import PartHead
 from relay.protocol.disposition import disposition_params
+from relay.protocol.head import TCHARS
 
 EPILOGUE_LIMIT: Final = 16
 """Bytes of white space allowed after the closing delimiter; browsers and curl send CRLF."""
 
 _CONTROL = re.compile(rb"[\r\n\0]")
+# The library strips all that Unicode calls white space from a name; other parsers do not.
+_FIELD_NAME = re.compile(rb"%b(?=:)" % TCHARS.encode("ascii"))
+_NO_CONTROLS = re.compile(r"[^\x00-\x08\x0a-\x1f\x7f-\x9f]*")
 
 _USED_HEADERS = frozenset({"Content-Disposition", "Content-Type"})
 
@@ -220,9 +224,12 @@ class _Parser(multipart.PushMultipartParser):
     def _on_segment_headerline(self, line: bytes) -> None:
         self._check_line(line)
         self._header_bytes += len(line) + len(b"\r\n")
+        name = _FIELD_NAME.match(line)
+        if name is None:
+            raise BadMultipart("a part's header is not a name, a colon and a value")
         # RFC 7578, section 4.8: headers other than the three it names must be ignored. The
         # library would believe a Content-Length and refuse parts whose sender got it wrong.
-        if line.partition(b":")[0].strip().lower() == b"content-length":
+        if name[0].lower() == b"content-length":
             return
         try:
             super()._on_segment_headerline(line)
@@ -246,4 +253,6 @@ class _Parser(multipart.PushMultipartParser):
         if kind != "form-data" or segment.name is None:
             raise BadMultipart("a part's Content-Disposition is not form-data with a name")
         segment.content_type = types[0] if types else None
+        if types and not _NO_CONTROLS.fullmatch(types[0]):
+            raise BadMultipart("control characters in a part's Content-Type")
         return segment

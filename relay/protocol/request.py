@@ -22,7 +22,7 @@ from relay.errors import (
 )
 from relay.model import PartHead
 from relay.protocol.digest_fields import given_digests, wanted_digests
-from relay.protocol.disposition import disposition_params, split_parameters
+from relay.protocol.disposition import disposition_params, media_type_params
 from relay.protocol.framing import ALGORITHMS
 from relay.protocol.head import TCHARS, Field
 from relay.protocol.target import destination, is_authority
@@ -32,7 +32,7 @@ MAX_CONTENT_LENGTH: Final = 2**63 - 1
 
 _CONTENT_LENGTH = re.compile(rb"[0-9]{1,19}")
 _TRANSFER_CODING = re.compile(TCHARS.encode("ascii"))
-_MEDIA_TYPE = re.compile(rf"{TCHARS}/{TCHARS}[ \t]*(?:;.*)?")
+_MEDIA_TYPE = re.compile(rf"{TCHARS}/{TCHARS}[ \t]*(?:;[^\x80-\x9f]*)?")
 _BCHARS = r"0-9A-Za-z'()+_,\-./:=?"  # RFC 2046, section 5.1.1
 _BOUNDARY = re.compile(rf'"([{_BCHARS} ]{{0,69}}[{_BCHARS}])"|([{_BCHARS}]{{1,70}})')
 _BARE_KEY = re.compile(rb"[\x21\x23-\x2b\x2d-\x3a\x3c-\x5b\x5d-\x7e]{1,255}")
@@ -230,7 +230,7 @@ def _boundary(content_type: str) -> str | None:
     if media_type != "multipart/form-data":
         raise UnsupportedMediaType("no multipart type other than form-data is supported")
     try:
-        _, parameters = split_parameters(content_type)
+        parameters = media_type_params(content_type)
     except ValueError:
         raise BadMultipart("the parameters of Content-Type are malformed") from None
     match = _BOUNDARY.fullmatch(parameters.get("boundary", ""))

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multipart import content_disposition_quote
 
-from relay.protocol.disposition import disposition_params, split_parameters
+from relay.protocol.disposition import disposition_params, media_type_params
 
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
@@ -38,7 +38,8 @@ NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
         # RFC 6266, section 4.3: the extended one wins, in either order
         ("attachment; filename=plain; filename*=utf-8''ext", None, "ext"),
         ("attachment; filename*=utf-8''ext; filename=plain", None, "ext"),
-        ("attachment; filename*0=a; filename*1=b", None, None),
+        # Apache HttpClient 5: in quotes
+        ("form-data; name=f; filename*=\"UTF-8''%e2%82%ac\"", "f", "\u20ac"),
     ],
 )
 def test_names_come_out_as_they_were_meant(
@@ -76,6 +77,12 @@ def test_the_type_is_in_lower_case() -> None:
         "form-data; name=a; NAME=b",
         "form-data; name*=utf-8''a; name*=utf-8''b",
         "form-data; name=a; x=1; x=2",
+        "form-data; name=a; name*=utf-8''a",
+        "form-data; name*=utf-8''a; name=b",
+        # in pieces: RFC 2231, section 3
+        "attachment; filename*0=a; filename*1=b",
+        "form-data; name=f; filename=a; filename*0*=utf-8''b",
+        "form-data; name*0=f",
         # RFC 8187, section 3.2
         "form-data; name*=a",
         "form-data; name*=iso-8859-1''%e4",
@@ -83,7 +90,8 @@ def test_the_type_is_in_lower_case() -> None:
         "form-data; name*=utf-8''%e2%82",
         "form-data; name*=utf-8''%4",
         "form-data; name*=utf-8'a b'c",
-        "form-data; name*=\"utf-8''a\"",
+        "form-data; name*=\"utf-8''a",
+        "form-data; name*=utf-8''a\"",
         "form-data; name*=''a",
     ],
 )
@@ -94,8 +102,24 @@ def test_malformed_or_ambiguous_values_are_refused(value: str) -> None:
 
 def test_parameters_are_split_but_left_in_their_quotes() -> None:
     value = 'Multipart/Form-Data; Boundary="a b"; charset=UTF-8'
-    parameters = {"boundary": '"a b"', "charset": "UTF-8"}
-    assert split_parameters(value) == ("multipart/form-data", parameters)
+    assert media_type_params(value) == {"boundary": '"a b"', "charset": "UTF-8"}
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "; boundary =a",
+        "; boundary= a",
+        "; boundary*=utf-8''a",
+        "; boundary=a; boundary*0=b",
+        '; boundary="a\\"',
+        "; boundary=a; x",
+    ],
+)
+def test_parameters_of_media_types_are_those_of_http_only(parameters: str) -> None:
+    """RFC 9110, section 5.6.6."""
+    with pytest.raises(ValueError, match=r"."):
+        media_type_params(f"multipart/form-data{parameters}")
 
 
 @settings(max_examples=200, deadline=None)

@@ -369,8 +369,6 @@ DISPOSITION = b'Content-Disposition: form-data; name="f"'
         b"content-length:-1",
         b"CONTENT-LENGTH: many",
         b"Content-Length:",
-        b"Content-Length : 3",
-        b"Content-Length\t: 3",
         b"X-Content-Length: 3",
         b"Content-Transfer-Encoding: base64",
         b"Content-Encoding: gzip",
@@ -382,8 +380,8 @@ def test_headers_that_mean_nothing_in_a_part_are_ignored(line: bytes) -> None:
 
 
 def test_white_space_around_a_media_type_is_no_part_of_it() -> None:
-    ((head, _),) = of_headers(DISPOSITION, b"Content-Type: \t text/plain; a=b \t ").parts
-    assert head.content_type == "text/plain; a=b"
+    ((head, _),) = of_headers(DISPOSITION, b"Content-Type: \t text/plain;\ta=b \t ").parts
+    assert head.content_type == "text/plain;\ta=b"
 
 
 @pytest.mark.parametrize(
@@ -406,6 +404,13 @@ def test_white_space_around_a_media_type_is_no_part_of_it() -> None:
         [DISPOSITION, b"no colon"],
         [DISPOSITION, b": no name"],
         [DISPOSITION, b"white space: x"],
+        [DISPOSITION, b"X : y"],
+        [DISPOSITION, b"Content-Length\t: 3"],
+        [DISPOSITION.replace(b":", b" :")],
+        [b"\xc2\xa0" + DISPOSITION],
+        [b"\x0b" + DISPOSITION],
+        [DISPOSITION, b"Content-Type: a/\x1b"],
+        [DISPOSITION, "Content-Type: a/\x9b".encode()],
         [DISPOSITION, b" folded: x"],
         [b" " + DISPOSITION],
         [DISPOSITION, b"X: a\nY: b"],

@@ -265,6 +265,8 @@ def test_a_boundary_is_found(value: bytes, boundary: str) -> None:
         b'; boundary="a;b"',
         b'; boundary="\xc3\xa4"',
         b"; boundary*=utf-8''a",
+        b"; boundary=a; boundary*0=b",
+        b"; boundary =a",
         b"; boundary=a garbage",
     ],
 )
@@ -292,6 +294,7 @@ def test_other_multipart_types_are_not_supported(value: bytes) -> None:
         [b"text/plain, multipart/form-data; boundary=a"],
         [b"text/plain x"],
         [b"text/plain; a=\xff"],
+        [b"text/plain; a=\xc2\x9b"],
         [b"text/plain", b"text/plain"],
         [b"text/plain", b"multipart/form-data; boundary=a"],
     ],
