@@ -1,7 +1,8 @@
 """How log lines look: logfmt or JSON on standard error, with levels that journald understands.
 
 Fields of a record are given as ``log.info("text", extra=fields(transfer=…))``. Only relay's own
-words and numbers go into a log, never bytes that a client sent.
+words and numbers go into a log, never bytes that a client sent. What cannot be printed is escaped,
+so that nothing can be taken for another line or for a command to a terminal.
 """
 
 import json
@@ -55,7 +56,7 @@ class JsonFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The same fields as logfmt has."""
-        return json.dumps(_values(self, record), default=str, ensure_ascii=False)
+        return _json(_values(self, record))
 
 
 def _values(formatter: logging.Formatter, record: logging.LogRecord) -> dict[str, object]:
@@ -83,4 +84,11 @@ def _quote(value: object) -> str:
     text = f"{value:.3f}" if isinstance(value, float) else str(value)
     if text and all(33 <= ord(char) <= 126 and char not in '"=\\' for char in text):
         return text
-    return json.dumps(text, ensure_ascii=False)
+    return _json(text)
+
+
+def _json(value: object) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.config import LogConfig
@@ -112,11 +112,13 @@ def test_a_traceback_is_on_the_same_line(formatter: logging.Formatter) -> None:
 
 
 @given(st.text(), st.dictionaries(st.sampled_from("abc"), st.text() | st.integers() | st.floats()))
-def test_any_record_is_one_line(message: str, values: dict[str, Any]) -> None:
+@example("\x7f\x85\x9b31m\u2028\u202e\U000e0001\udc80", {"a": "\x9b"})
+def test_any_record_is_one_line_that_can_be_printed(message: str, values: dict[str, Any]) -> None:
     record = a_record(message.replace("%", "%%"), **values)
     for formatter in (LogfmtFormatter(), LogfmtFormatter(journald=True), JsonFormatter()):
         line = formatter.format(record)
-        assert not {"\n", "\r", "\0", "\x1b"} & set(line)
+        assert line.isprintable()
+    assert json.loads(line)["msg"] == record.getMessage()
 
 
 def test_fields_without_a_value_are_left_out() -> None:

@@ -126,7 +126,9 @@ class UploadHandler:
         Raises:
             ClientGone: nobody is left to respond to.
         """
-        about = _About(route=head.route, peer=peer.address)
+        # What is no route's name is the client's own words, which no log repeats.
+        known = head.route if head.route in self._routes else None
+        about = _About(route=known, peer=peer.address)
         record = None
         try:
             about.client = self._access.identify(head.authorization, peer)
@@ -257,11 +259,12 @@ class _About:
     """What is known of a request, for the log.
 
     Attributes:
+        route: its name, if there is one of that name.
         transfer: its id, once it is admitted.
         began: in trio's clock, seconds.
     """
 
-    route: str
+    route: str | None
     peer: str
     transfer: str | None = None
     client: str | None = None
