@@ -47,10 +47,11 @@ class ScriptedClient(trio.abc.HalfCloseableStream):
         await trio.lowlevel.checkpoint()
 
 
-def responses(sent: bytes, *, is_head: bool = False) -> tuple[list[str], bool]:
+def responses(sent: bytes) -> tuple[list[str], bool]:
     """The final responses as status and error code, and whether the last one closes.
 
-    ``is_head``: the first one has no body. Whatever is not a response is an AssertionError.
+    Whatever is not a response is an AssertionError. One to HEAD has a length and no body; other
+    bodies are JSON objects.
     """
     answers: list[str] = []
     closes = False
@@ -63,7 +64,7 @@ def responses(sent: bytes, *, is_head: bool = False) -> tuple[list[str], bool]:
         if line.startswith("HTTP/1.1 100 "):
             continue
         values = dict(field.lower().split(": ", 1) for field in fields)
-        length = 0 if is_head and not answers else int(values["content-length"])
+        length = int(values["content-length"]) if sent.startswith(b"{") else 0
         body, sent = sent[:length], sent[length:]
         assert len(body) == length
         code = json.loads(body).get("code", "") if body else ""

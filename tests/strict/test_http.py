@@ -44,8 +44,7 @@ def serve(pieces: Sequence[bytes]) -> tuple[list[str], list[bytes], bool]:
     handler = UploadHandler(config, routes, broker, Uploads(config.max_uploads))
     client = ScriptedClient(pieces)
     trio.run(handler.serve, client, PEER)
-    is_head = pieces[0].startswith(b"H") and b"".join(pieces).startswith(b"HEAD ")
-    answers, is_closed = responses(client.sent, is_head=is_head)
+    answers, is_closed = responses(client.sent)
     return answers, [sink.body for sink in broker.sinks if sink.committed], is_closed
 
 

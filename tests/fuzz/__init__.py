@@ -1,0 +1,1 @@
+"""Fuzzing: bytes that nobody thought of."""
