@@ -152,8 +152,8 @@ class ClientBusy(ClientError):
     retry_after = 5
 
 
-class NotImplementedCoding(ClientError):
-    """A transfer coding other than chunked (RFC 9112, section 6.1)."""
+class Unimplemented(ClientError):
+    """A coding other than chunked (RFC 9112, section 6.1), or an unknown method (9110, 9.1)."""
 
     status = 501
     code = "not-implemented"

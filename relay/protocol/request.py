@@ -17,7 +17,7 @@ from relay.errors import (
     BadMultipart,
     BadRequest,
     ExpectationFailed,
-    NotImplementedCoding,
+    Unimplemented,
     UnsupportedMediaType,
 )
 from relay.model import PartHead
@@ -91,7 +91,7 @@ def parse_request(
 
     Raises:
         ClientError: BadRequest, BadMultipart, NotFound, MethodNotAllowed, UnsupportedMediaType,
-            ExpectationFailed or NotImplementedCoding.
+            ExpectationFailed or Unimplemented.
     """
     fields = _Fields(headers)
     is_http_10 = http_version == b"1.0"
@@ -197,7 +197,7 @@ def _check_chunked(values: Sequence[bytes]) -> None:
         return
     if not all(map(_TRANSFER_CODING.fullmatch, codings)) or b"chunked" in codings[:-1]:
         raise BadRequest("Transfer-Encoding is malformed, or chunked is not its last coding")
-    raise NotImplementedCoding("no transfer coding other than chunked is supported")
+    raise Unimplemented("no transfer coding other than chunked is supported")
 
 
 def _expects_continue(fields: _Fields) -> bool:

@@ -9,10 +9,15 @@ from ipaddress import IPv6Address
 from typing import Final, NamedTuple
 from urllib.parse import unquote_to_bytes
 
-from relay.errors import BadRequest, MethodNotAllowed, NotFound
+from relay.errors import BadRequest, MethodNotAllowed, NotFound, Unimplemented
 
 DEFAULT_ROUTE: Final = "default"
 """The route of an upload whose path names none."""
+
+_METHODS: Final = frozenset(
+    {b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH"}
+)
+"""Those that are known, though not allowed: RFC 9110, section 9.3 and RFC 5789."""
 
 _ENCODED = rb"%[0-9A-Fa-f]{2}"
 _UNRESERVED = rb"A-Za-z0-9\-._~"
@@ -58,11 +63,14 @@ def destination(method: bytes, target: bytes) -> Destination:
         BadRequest: the target is malformed, or of a form that the method does not allow.
         NotFound: no such path.
         MethodNotAllowed: another method than POST or PUT, or not for this path.
+        Unimplemented: a method that nobody knows; methods have a case.
     """
     path = _path(method, target)
     upload, *names = [_decode(segment) for segment in path.split(b"/")[1:]]
     if upload != "upload" or len(names) > 2 or (len(names) == 2 and not names[0]):
         raise NotFound("uploads go to /upload")
+    if method not in _METHODS:
+        raise Unimplemented("there is no such method")
     allow = _allowed(names)
     if method.decode("latin-1") not in allow.split(", "):
         raise MethodNotAllowed("the method does not apply to this path", allow=allow)

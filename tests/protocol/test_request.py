@@ -11,7 +11,7 @@ from relay.errors import (
     ClientError,
     ExpectationFailed,
     NotFound,
-    NotImplementedCoding,
+    Unimplemented,
     UnsupportedMediaType,
 )
 from relay.model import PartHead
@@ -148,7 +148,7 @@ def test_a_malformed_transfer_encoding_is_refused(values: list[bytes]) -> None:
     "values", [[b"gzip, chunked"], [b"gzip", b"chunked"], [b"gzip"], [b"identity"], [b"xchunked"]]
 )
 def test_another_transfer_coding_is_not_implemented(values: list[bytes]) -> None:
-    with pytest.raises(NotImplementedCoding):
+    with pytest.raises(Unimplemented):
         request(*((b"transfer-encoding", value) for value in values))
 
 

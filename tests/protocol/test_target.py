@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relay.errors import BadRequest, ClientError, MethodNotAllowed, NotFound
+from relay.errors import BadRequest, ClientError, MethodNotAllowed, NotFound, Unimplemented
 from relay.protocol.target import destination, is_authority
 
 
@@ -64,7 +64,7 @@ def test_other_paths_are_not_found(method: bytes, target: bytes) -> None:
         (b"PUT", b"/upload", "POST"),
         (b"GET", b"/upload/", "POST, PUT"),
         (b"HEAD", b"/upload/x", "POST, PUT"),
-        (b"post", b"/upload/x", "POST, PUT"),
+        (b"PATCH", b"/upload/x", "POST, PUT"),
         (b"DELETE", b"/upload/x/y", "PUT"),
         (b"POST", b"/upload/x/y", "PUT"),
         (b"OPTIONS", b"/upload", "POST"),
@@ -78,6 +78,15 @@ def test_other_methods_are_told_which_are_allowed(method: bytes, target: bytes, 
     with pytest.raises(MethodNotAllowed) as caught:
         destination(method, target)
     assert caught.value.allow == allow
+
+
+@pytest.mark.parametrize("method", [b"post", b"BREW", b"PROPFIND", b"*"])
+def test_unknown_methods_are_not_implemented(method: bytes) -> None:
+    """RFC 9110, section 9.1."""
+    with pytest.raises(Unimplemented):
+        destination(method, b"/upload")
+    with pytest.raises(NotFound):
+        destination(method, b"/elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def empty(data: bytes) -> Case:
 
 NOT_FOUND = "404 not-found"
 NOT_ALLOWED = "405 method-not-allowed"
+NOT_IMPLEMENTED = "501 not-implemented"
 TOO_LARGE = "431 headers-too-large"
 
 HEADS: Table = {
@@ -115,9 +116,9 @@ HEADS: Table = {
         "PATCH": refused(target(b"/upload/x", method=b"PATCH"), NOT_ALLOWED),
         "CONNECT": refused(target(b"relay.test:80", method=b"CONNECT"), NOT_ALLOWED),
         "CONNECT with a path": refused(target(b"/upload", method=b"CONNECT"), NOT_ALLOWED),
-        "methods have a case": refused(target(b"/upload", method=b"post"), NOT_ALLOWED),
-        "unknown": refused(target(b"/upload", method=b"BREW"), NOT_ALLOWED),
-        "very long": refused(target(b"/upload", method=b"P" * 2000), NOT_ALLOWED),
+        "methods have a case": refused(target(b"/upload", method=b"post"), NOT_IMPLEMENTED),
+        "unknown": refused(target(b"/upload", method=b"BREW"), NOT_IMPLEMENTED),
+        "very long": refused(target(b"/upload", method=b"P" * 2000), NOT_IMPLEMENTED),
         "OPTIONS *": refused(target(b"*", method=b"OPTIONS"), NOT_ALLOWED),
     },
     "RFC 9112, 3.2: request target": {
