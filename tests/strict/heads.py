@@ -285,6 +285,9 @@ HEADS: Table = {
             "415 unsupported-media-type",
         ),
         "range (14.5)": refused(field(b"Content-Range: bytes 0-4/10")),
+        "two authorizations": refused(
+            head(b"Authorization: Bearer a", b"Authorization: Bearer b", LENGTH) + b"hello"
+        ),
         "two keys": refused(head(b"Idempotency-Key: a", b"Idempotency-Key: a", LENGTH) + b"hello"),
     },
 }
