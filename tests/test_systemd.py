@@ -49,7 +49,7 @@ async def test_what_does_not_get_ready_starts_all_the_same_after_a_while(
     assert manager.heard() == [["READY=1"], ["STATUS=no broker"]]
 
 
-@pytest.mark.parametrize("pid", [None, os.getpid()])
+@pytest.mark.parametrize("pid", [None, os.getpid()], ids=["any", "ours"])
 async def test_the_watchdog_is_fed_twice_in_its_interval(
     manager: Manager, autojump_clock: MockClock, pid: int | None
 ) -> None:

@@ -136,7 +136,12 @@ def test_an_answer_of_another_server_is_told_as_well() -> None:
         ("soon", 0, 0),
         ("-1", 0, 0),
         ("²", 0, 0),
-        (format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), 1, 100),
+        pytest.param(
+            format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True),
+            1,
+            100,
+            id="in 100 s",
+        ),
         ("Tue, 01 Jan 2030 00:00:00 -0000", 300, 300),
         ("Sun, 06 Nov 1994 08:49:37 GMT", 0, 0),
     ],
