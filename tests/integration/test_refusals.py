@@ -171,6 +171,10 @@ def test_an_alarm_that_outlasts_the_grace_fails_the_upload_and_its_abort_follows
 # --- connections --------------------------------------------------------------------------------
 
 
+PACE: Final = 0.002
+"""Seconds between two blocks of an endless upload: frames of 4 KiB are under way all the same."""
+
+
 class EndlessUpload:
     """A client that sends until it is told to end; its frames are under way at any moment."""
 
@@ -184,7 +188,8 @@ class EndlessUpload:
 
     def _send(self) -> None:
         self._connection.send(self._head + b"Transfer-Encoding: chunked\r\n\r\n")
-        while not self._is_ending.is_set():
+        # Paced: while rabbitmqctl takes its time, a client at full speed would send gigabytes.
+        while not self._is_ending.wait(PACE):
             self._connection.send(b"%x\r\n%b\r\n" % (len(self.block), self.block))
             self.blocks += 1
         self._connection.send(b"0\r\n\r\n")
