@@ -49,14 +49,12 @@ class Outcome:
     Attributes:
         violations: each a sentence; none if all is well.
         moments: kills by what they waited for.
-        strays: dead letters that are frames of transfers which their senders gave up.
     """
 
     kills: int = 0
     transfers: int = 0
     size: int = 0
     seconds: float = 0.0
-    strays: int = 0
     moments: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
 
@@ -181,15 +179,9 @@ def _finish(rig: Rig, outcome: Outcome, queue_type: str) -> None:
 
 
 def _judge_dead_letters(rig: Rig, outcome: Outcome) -> None:
-    given_up = {plan.transfer.id for plan in rig.mix.plans if plan.abort_after is not None}
     dead = Counter(str(properties.correlation_id) for properties in drain(rig.node.url, rig.dead))
     for transfer_id, count in dead.items():
-        # Of what its sender gave up, no trace is kept: frames that come again, because a kill came
-        # between the abort and its ack, have no beginning.
-        if transfer_id in given_up:
-            outcome.strays += count
-        else:
-            outcome.violations.append(f"{count} dead letters of {transfer_id}")
+        outcome.violations.append(f"{count} dead letters of {transfer_id}")
 
 
 def _unsettled(rig: Rig) -> int:

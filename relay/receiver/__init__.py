@@ -65,6 +65,7 @@ __all__ = [
     "KnownKey",
     "PartEnded",
     "PartHead",
+    "Past",
     "Position",
     "Problem",
     "Receiver",
@@ -141,8 +142,6 @@ class Receiver:
         )
         for known in sink.known_keys():
             self._reassembler.remember_key(known.key, known.transfer_id)
-            if known.repeated:
-                self._reassembler.remember(known.transfer_id, Past.REPEATED)
         self._earlier: dict[str, str] = {}
         # Since the last settlement, or held:
         self._tags: list[tuple[int, str]] = []
@@ -301,6 +300,8 @@ class Receiver:
             self._earlier[transfer_id] = known.where
             if len(self._earlier) > _REMEMBER:
                 del self._earlier[next(iter(self._earlier))]
+        elif isinstance(known, Past):
+            self._reassembler.remember(transfer_id, known)
         elif known is not None:
             self._apply(self._reassembler.restore(transfer_id, known, now))
 
@@ -335,8 +336,9 @@ class Receiver:
             case Dropped():
                 pass
             case Aborted():
-                sink.abort(event.transfer_id)
+                # Without frames there never was anything: anybody may send an abort.
                 if event.frames:
+                    sink.aborted(event.transfer_id)
                     reason = event.reason if _REASON.fullmatch(event.reason) else "unknown"
                     self._report("aborted", f"aborted: {reason}", event.transfer_id)
             case Parked():

@@ -14,9 +14,10 @@ What happens in which order, and what it costs: *n* transfers in a batch, of whi
    created.
 3. It syncs the staging directory, if transfers began: from here on their names are safe.
 4. Each transfer that goes on gets its position into its journal: one fdatasync each.
-5. The ledger gets a record of each that is complete: one fdatasync for all *m*. **This is the
-   commit.** What is staged and not in the ledger is gone on with where its journal ends; what is
-   staged and in the ledger is delivered by whoever opens the directory next.
+5. The ledger gets a record of each that is complete, or was aborted: one fdatasync for all.
+   **This is the commit.** What is staged and not in the ledger is gone on with where its journal
+   ends; what is staged and in the ledger is delivered, or removed, by whoever opens the directory
+   next.
 6. What waits for a command is noted: a fdatasync each and one fsync.
 7. The files are moved, each directory that got a name is synced once, then, if there are any,
    receipts and their directory likewise. Only after that may the deliveries be acked: not because
@@ -45,9 +46,9 @@ from threading import Lock
 from typing import ClassVar, Final
 
 from relay.model import PartHead, Totals, Transfer
-from relay.protocol.reassembly import PartEnded, Position, key_digest
+from relay.protocol.reassembly import PartEnded, Past, Position, key_digest
 from relay.receiver import Earlier, KnownKey, Refused, Sink, disk, staging
-from relay.receiver.ledger import Ledger, Record
+from relay.receiver.ledger import End, Ledger, Record
 from relay.receiver.names import DEFAULT_TEMPLATE, RECEIPT, Template
 from relay.receiver.pending import Pending, PendingNotes
 from relay.receiver.places import REPLACED, Directories, Files, Place, Places, StandardOutput
@@ -132,11 +133,12 @@ class FileSink(Sink):
         # Those that are staged and not open, and when they were last heard of, oldest first.
         self._parked: OrderedDict[str, float] = OrderedDict()
         self._dropped: list[str] = []
-        # Since the last flush: transfers that are new, that go on, and that are complete.
+        # Since the last flush: transfers that are new, that go on, that are complete, and that
+        # have ended otherwise.
         self._began = False
         self._saving: dict[str, Position] = {}
         self._committed: dict[str, tuple[Staged, Record, Place]] = {}
-        self._repeated: dict[str, Record] = {}
+        self._unwanted: dict[str, Record] = {}
         # Those in the ledger that have yet to be moved.
         self._unfinished: dict[str, Place] = {}
         self._quarantine_lock = Lock()
@@ -210,7 +212,12 @@ class FileSink(Sink):
     def repeated(self, transfer: Transfer) -> None:
         """Remove what is staged of it, once the transfer that it repeats is safe."""
         self._let_go(transfer.id)
-        self._repeated[transfer.id] = Record(transfer.id, key_digest(transfer), repeated=True)
+        self._unwanted[transfer.id] = Record(transfer.id, key_digest(transfer), End.REPEATED)
+
+    def aborted(self, transfer_id: str) -> None:
+        """Remove what is staged of it, once the ledger says why."""
+        self._let_go(transfer_id)
+        self._unwanted[transfer_id] = Record(transfer_id, end=End.ABORTED)
 
     def flush(self) -> None:
         """Note how far transfers have come; deliver those that are complete."""
@@ -223,12 +230,12 @@ class FileSink(Sink):
         with self._quarantine_lock:
             self._quarantine.sync()
         delivered = [record for _, record, _ in self._committed.values()]
-        self._ledger.append([*delivered, *self._repeated.values()])
+        self._ledger.append([*delivered, *self._unwanted.values()])
         self._unfinished |= {of: place for of, (_, _, place) in self._committed.items()}
         self._committed.clear()
-        for transfer_id in self._repeated:
+        for transfer_id in self._unwanted:
             staging.remove(transfer_id, self._staging)
-        self._repeated.clear()
+        self._unwanted.clear()
         self._finish()
 
     def abort(self, transfer_id: str) -> None:
@@ -250,28 +257,29 @@ class FileSink(Sink):
     def known_keys(self) -> Sequence[KnownKey]:
         """Keys that earlier processes have noted."""
         return [
-            KnownKey(record.key, record.transfer_id, record.repeated)
+            KnownKey(record.key, record.transfer_id)
             for record in self._ledger
             if record.key is not None
         ]
 
-    def recall(self, transfer_id: str) -> Position | Earlier | None:
+    def recall(self, transfer_id: str) -> Position | Earlier | Past | None:
         """Open again what a crash, or ``park``, left of the transfer.
 
         Raises:
             Refused: bytes that had been saved are no longer there.
         """
-        record = self._ledger.get(transfer_id)
-        if record is not None and not record.repeated:
-            return Earlier("delivered before", record.key)
+        if (record := self._ledger.get(transfer_id)) is not None:
+            if record.end is End.DELIVERED:
+                return Earlier("delivered before", record.key)
+            return Past.ABORTED if record.end is End.ABORTED else Past.REPEATED
         # If it is not parked, a receiver has left it that was discarded.
-        left = (self._parked, self._open, self._committed, self._repeated)
+        left = (self._parked, self._open, self._committed, self._unwanted)
         if not any(transfer_id in some for some in left):
             return None
         self._let_go(transfer_id)
         self._parked.pop(transfer_id, None)
         self._committed.pop(transfer_id, None)
-        self._repeated.pop(transfer_id, None)
+        self._unwanted.pop(transfer_id, None)
         staged = Staged.reopen(transfer_id, self._staging)
         if staged is None:
             staging.remove(transfer_id, self._staging)
@@ -372,12 +380,13 @@ class FileSink(Sink):
                 disk.remove_tree(entry, self._staging)
         for transfer_id, modified in sorted(touched.items(), key=lambda item: item[1]):
             record = self._ledger.get(transfer_id)
+            has_receipt = disk.exists(f"{transfer_id}/{RECEIPT}", self._staging)
             if record is None:
                 self._parked[transfer_id] = modified
-            elif record.repeated or not disk.exists(f"{transfer_id}/{RECEIPT}", self._staging):
-                staging.remove(transfer_id, self._staging)
-            else:
+            elif record.end is End.DELIVERED and has_receipt:
                 self._recover_delivered(transfer_id)
+            else:
+                staging.remove(transfer_id, self._staging)
         self._finish()
 
     def _recover_delivered(self, transfer_id: str) -> None:

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from relay.model import PartHead, Totals, Transfer
 from relay.protocol.framing import PartDigest, crc32c
-from relay.protocol.reassembly import PartEnded, Position
+from relay.protocol.reassembly import PartEnded, Past, Position
 
 
 class Refused(Exception):
@@ -32,17 +32,15 @@ class Earlier:
 
 @dataclass(frozen=True, slots=True)
 class KnownKey:
-    """What became of a transfer that was complete and had an idempotency key.
+    """The idempotency key of a transfer that was complete.
 
     Attributes:
         key: its ``reassembly.key_digest``.
         transfer_id: the transfer.
-        repeated: it was dropped, because another with that key had been delivered before.
     """
 
     key: str
     transfer_id: str
-    repeated: bool = False
 
 
 class Sink(ABC):
@@ -52,7 +50,7 @@ class Sink(ABC):
 
         begin, unless it was recalled
         open_part, write any number of times, end_part: for each part, in turn
-        commit, or abort, or fail, or repeated: once, at any moment
+        commit, or abort, or aborted, or fail, or repeated: once, at any moment
 
     **What four methods promise.** A sink of ``open_part``, ``write``, ``commit`` and ``abort`` need
     not survive anything: deliveries are held back from acknowledging until their transfer has
@@ -113,6 +111,14 @@ class Sink(ABC):
     def abort(self, transfer_id: str) -> None:
         """Drop all that there is of the transfer, which may be nothing, or not known at all."""
 
+    def aborted(self, transfer_id: str) -> None:
+        """Its sender gave the transfer up: drop it.
+
+        With ``flush``, who has a ``recall`` should make safe that it was: the acks come later, and
+        the last frames of a transfer that nobody knows any more would be rejected.
+        """
+        self.abort(transfer_id)
+
     def fail(self, transfer_id: str, reason: str) -> None:
         """The transfer cannot be completed: drop it, or keep what there is of it for people."""
         self.abort(transfer_id)
@@ -135,14 +141,15 @@ class Sink(ABC):
         """
 
     def flush(self) -> None:  # noqa: B027  optional
-        """Make the commits since the last call safe from a crash."""
+        """Make what has ended since the last call safe from a crash."""
 
-    def recall(self, transfer_id: str) -> Position | Earlier | None:
+    def recall(self, transfer_id: str) -> Position | Earlier | Past | None:
         """What there is of a transfer that is not open: perhaps a crash's remains.
 
         Asked before the first frame of any transfer is looked at. The position must be one that
         was saved, with exactly the bytes before it; ``write`` goes on behind them. None also drops
-        what may have been written without having been saved.
+        what may have been written without having been saved. ``Past.ABORTED`` and ``Past.REPEATED``
+        have what comes of it dropped, and acked.
         """
         return None
 

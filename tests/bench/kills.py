@@ -63,7 +63,6 @@ def _report(outcome: Outcome, redeliveries: int) -> None:
         f"{outcome.kills:>8} {outcome.transfers:>10} {outcome.size / MIB:>8.0f} "
         f"{redeliveries:>13} {outcome.seconds:>8.0f}"
     )
-    print(f"  {outcome.strays:>4} dead letters of transfers that were given up")
     for moment, count in outcome.moments.most_common():
         print(f"  {count:>4} at: {moment}")
     for violation in outcome.violations:

@@ -13,7 +13,7 @@ import pytest
 from relay.model import Frame, PartHead, PartTail, Totals, Transfer
 from relay.protocol.framing import crc32c
 from relay.protocol.wire import APP_ID, encode_abort, encode_frame
-from relay.receiver import Receiver, Sink
+from relay.receiver import Receiver, Sink, staging
 from relay.receiver.files import STAGING, FileSink, OutputInUse
 from relay.receiver.ledger import NAME as LEDGER
 from tests.fed_receiver import (
@@ -106,6 +106,75 @@ def test_an_abort_leaves_nothing(tmp_path: Path) -> None:
     assert told(settlement) == (f"transfer {transfer_id(0)} aborted: client-gone",)
     assert os.listdir(tmp_path) == [STAGING]
     assert staged(tmp_path) == []
+
+
+def test_what_comes_again_of_an_aborted_transfer_after_a_crash_is_dropped(tmp_path: Path) -> None:
+    frames, abort = one(b"123456789"), encode_abort(transfer(0), 2, "client-gone")
+    with receiving(tmp_path) as receiver:
+        give_frames(receiver, frames[:1])
+        receiver.settle()
+        give_frames(receiver, frames[1:2], first_tag=2)
+        give(receiver, 3, abort)
+        receiver.settle()
+    with receiving(tmp_path) as receiver:
+        give_frames(receiver, frames[1:2])
+        give(receiver, 2, abort)
+        settlement = receiver.settle()
+    assert (settlement.ack, settlement.reject, settlement.problems) == ((1, 2), {}, ())
+    assert staged(tmp_path) == []
+
+
+def test_an_abort_that_was_not_settled_before_a_crash_is_told_and_done_after_it(
+    tmp_path: Path,
+) -> None:
+    frames, abort = one(b"123456789"), encode_abort(transfer(0), 2, "client-gone")
+    with receiving(tmp_path) as receiver:
+        give_frames(receiver, frames[:1])
+        receiver.settle()
+        give_frames(receiver, frames[1:2], first_tag=2)
+        give(receiver, 3, abort)
+    with receiving(tmp_path) as receiver:
+        give_frames(receiver, frames[1:2])
+        give(receiver, 2, abort)
+        settlement = receiver.settle()
+    assert (settlement.ack, settlement.reject) == ((1, 2), {})
+    assert told(settlement) == (f"transfer {transfer_id(0)} aborted: client-gone",)
+    assert staged(tmp_path) == []
+
+
+def test_what_an_abort_left_because_of_a_crash_is_removed_at_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with receiving(tmp_path) as receiver, monkeypatch.context() as patch:
+        patch.setattr(staging, "remove", lambda *_: None)
+        give_frames(receiver, one(b"123456789")[:2])
+        give(receiver, 3, encode_abort(transfer(0), 2, "client-gone"))
+        receiver.settle()
+    assert staged(tmp_path) != []
+    with receiving(tmp_path):
+        assert staged(tmp_path) == []
+
+
+def test_aborts_of_transfers_that_nobody_knows_are_not_noted(tmp_path: Path) -> None:
+    with receiving(tmp_path) as receiver:
+        give(receiver, 1, encode_abort(transfer(0), 0, "probe"))
+        assert receiver.settle().ack == (1,)
+    assert (tmp_path / STAGING / LEDGER).read_bytes() == b""
+
+
+def test_frames_of_an_expired_transfer_are_rejected_as_its_sender_may_think_it_whole(
+    tmp_path: Path,
+) -> None:
+    now = 0.0
+    frames = one(b"123456789")
+    with closing(FileSink(tmp_path)) as sink:
+        receiver = Receiver(sink, expire_after=10.0, clock=lambda: now)
+        give_frames(receiver, frames[:1])
+        receiver.settle()
+        now = 10.0
+        receiver.settle()
+        give_frames(receiver, frames[1:], first_tag=2)
+        assert [*receiver.settle().reject] == [2, 3]
 
 
 def test_the_reason_of_an_abort_is_shown_only_if_it_looks_like_one(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from relay.receiver.ledger import NAME, RECORD_SIZE, Ledger, Record
+from relay.receiver.ledger import NAME, RECORD_SIZE, End, Ledger, Record
 
 
-def record(number: int, *, repeated: bool = False, keyed: bool = True) -> Record:
+def record(number: int, *, end: End = End.DELIVERED, keyed: bool = True) -> Record:
     key = f"{number:032x}" if keyed else None
-    return Record(f"0199c0de-0000-7000-8000-{number:012x}", key, repeated)
+    return Record(f"0199c0de-0000-7000-8000-{number:012x}", key, end)
 
 
 def append(directory: int, *records: Record, max_records: int = 10) -> None:
@@ -33,10 +33,10 @@ def directory(tmp_path: Path) -> Iterator[int]:
 
 
 def test_what_was_appended_is_loaded_in_that_order(directory: int) -> None:
-    append(directory, record(1), record(2, repeated=True))
+    append(directory, record(1), record(2, end=End.REPEATED))
     append(directory)
     append(directory, record(3, keyed=False))
-    assert load(directory) == [record(1), record(2, repeated=True), record(3, keyed=False)]
+    assert load(directory) == [record(1), record(2, end=End.REPEATED), record(3, keyed=False)]
 
 
 def test_what_was_appended_is_known_at_once(directory: int) -> None:
@@ -54,6 +54,18 @@ def test_only_the_latest_records_are_kept(tmp_path: Path, directory: int) -> Non
             assert [*ledger] == latest == load(directory, 3)
             assert (tmp_path / NAME).stat().st_size <= (2 * 3 + 2) * RECORD_SIZE
     assert os.listdir(tmp_path) == [NAME]
+
+
+def test_aborts_push_nothing_out_that_was_delivered(tmp_path: Path, directory: int) -> None:
+    delivered = [record(number) for number in range(10)]
+    append(directory, *delivered)
+    for number in range(100, 200):
+        append(directory, record(number, end=End.ABORTED, keyed=False))
+    aborted = [record(number, end=End.ABORTED, keyed=False) for number in (198, 199)]
+    assert load(directory) == [*aborted, *delivered]
+    with closing(Ledger(directory, max_records=10)) as ledger:
+        assert ledger.get(aborted[0].transfer_id) == aborted[0]
+    assert (tmp_path / NAME).stat().st_size <= (2 * 10 + 2) * RECORD_SIZE
 
 
 @pytest.mark.parametrize("cut", [1, RECORD_SIZE // 2, RECORD_SIZE - 1])

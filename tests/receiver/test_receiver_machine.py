@@ -32,6 +32,7 @@ from relay.receiver import (
     KnownKey,
     PartEnded,
     PartHead,
+    Past,
     Position,
     Problem,
     Receiver,
@@ -66,6 +67,7 @@ class Safe:
     delivered: dict[str, Parts] = field(default_factory=dict)
     keys: dict[str, KnownKey] = field(default_factory=dict)
     staged: dict[str, tuple[Position, Parts]] = field(default_factory=dict)
+    unwanted: dict[str, Past] = field(default_factory=dict)
 
 
 class Memory(Sink):
@@ -140,7 +142,13 @@ class Saving(Memory):
         self.work()
         self.flushed.__dict__.update(deepcopy(self.safe).__dict__)
 
-    def recall(self, transfer_id: str) -> Position | Earlier | None:
+    def aborted(self, transfer_id: str) -> None:
+        self.abort(transfer_id)
+        self.safe.unwanted[transfer_id] = Past.ABORTED
+
+    def recall(self, transfer_id: str) -> Position | Earlier | Past | None:
+        if transfer_id in self.safe.unwanted:
+            return self.safe.unwanted[transfer_id]
         if transfer_id in self.safe.delivered:
             known = self.safe.keys.get(transfer_id)
             return Earlier("memory", None if known is None else known.key)
@@ -158,7 +166,8 @@ class Saving(Memory):
         self.abort(transfer.id)
         key = key_digest(transfer)
         assert key is not None
-        self.safe.keys[transfer.id] = KnownKey(key, transfer.id, True)
+        self.safe.keys[transfer.id] = KnownKey(key, transfer.id)
+        self.safe.unwanted[transfer.id] = Past.REPEATED
 
 
 @dataclass
@@ -399,8 +408,11 @@ class ReceiverMachine(RuleBasedStateMachine):
             "expired": self.now >= EXPIRE_AFTER,
             "refused": self.kind is Memory,  # cannot park, nor hold very much
             "repeated": sent.key is not None,
+            "aborted": sent.given_up,
+            # Who cannot note that it was aborted, rejects what comes again of it after a crash.
+            "stray": self.kind is Memory and sent.given_up,
         }
-        known = sent.spoilt or sent.given_up or sent.id in self.excused
+        known = sent.spoilt or sent.id in self.excused
         assert known or why.get(problem.kind), problem
         self.excused.add(sent.id)
 
