@@ -71,9 +71,8 @@ def _token(arguments: argparse.Namespace) -> int:
 
 
 def _receive(arguments: argparse.Namespace) -> int:
-    from relay.receiver.consumer import Options, receive
-    from relay.receiver.files import StorageOptions
-    from relay.receiver.operations import OperationOptions
+    from relay.receiver.options import OperationOptions, Options, StorageOptions
+    from relay.receiver.receive import receive
     from relay.server.listeners import ListenError
 
     options = Options(

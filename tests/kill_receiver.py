@@ -32,7 +32,7 @@ from tests.observed_receiver import (
     wait_until,
 )
 
-LEGITIMATE: Final = frozenset({"keys", "ledger", "offset", "lock"})
+LEGITIMATE: Final = frozenset({"ledger", "offset"})
 """What may stay in the staging directory for good: what the receiver remembers of the past. A name
 here is allowed, not expected."""
 

@@ -16,7 +16,7 @@ import pika
 from pika.spec import BasicProperties
 
 from relay.protocol.wire import APP_ID, CONTENT_TYPE, Message
-from relay.receiver.consumer import PREFETCH
+from relay.receiver.options import PREFETCH
 from tests.incident.observe import peak_resident_bytes, resident_bytes
 from tests.receiving import Receiver
 

@@ -35,19 +35,22 @@ TABLE = """
     check_access           |                         | receiver server protocol but server.tokens
     allocator              |                         | all
                            |                         |
+    receiver.receive       | trio                    | server transfer
     receiver.consumer      | trio pika               | server transfer
     receiver.intake        |                         | server broker transfer protocol
-    receiver.place         | trio                    | server broker transfer protocol
+    receiver.stream_offset | trio                    | server broker transfer protocol
     receiver.dead_letters  | trio pika               | server transfer
     receiver.operations    | trio                    | server broker transfer protocol
     receiver.admin         | trio                    | broker transfer protocol server.uploads
     receiver.console       | tqdm                    | server broker transfer protocol
     receiver.commands      | trio                    | server broker transfer protocol
+    receiver.options       |                         | server broker transfer protocol
     receiver.figures       | prometheus_client       | all
     receiver.link          | trio pika               | server transfer protocol
     receiver.room          | trio                    | all
     receiver.problems      |                         | all but receiver
     receiver.files         |                         | server broker transfer
+    receiver.handover      |                         | server broker transfer protocol
     receiver.places        |                         | server broker transfer protocol
     receiver.quarantine    |                         | server broker transfer protocol
     receiver.pending       |                         | server broker transfer protocol

@@ -1,4 +1,4 @@
-"""``relay receive``: a queue consumed into a directory, for as long as it takes.
+"""A queue consumed into a directory, for as long as it takes: the loop of ``relay receive``.
 
 One consumer on one channel, with manual acknowledgements. The network is trio's, the disk a worker
 thread's, a batch at a time, so that heartbeats go on while a disk is slow. A lost connection comes
@@ -10,8 +10,6 @@ import random
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from signal import SIGINT, SIGTERM
 from typing import Final
 
@@ -20,26 +18,19 @@ import trio
 
 from relay.broker.connect import Connector, backoff
 from relay.broker.session import translate
-from relay.config import AmqpConfig, ConfigError, parse_amqp_url
 from relay.errors import BrokerUnavailable
-from relay.receiver import Settlement, operations
+from relay.receiver import Settlement
 from relay.receiver.commands import Commands
 from relay.receiver.console import say as _say
 from relay.receiver.dead_letters import DeadLetters, DeadLettersLost, Letter, NoDeadLetterQueue
-from relay.receiver.files import STAGING, FileSink, OutputInUse, StorageOptions
+from relay.receiver.files import STAGING, OutputInUse
 from relay.receiver.intake import Intake
 from relay.receiver.link import HELD_MAX, Delivery, Link, OneChannel
-from relay.receiver.names import DEFAULT_TEMPLATE, Template
 from relay.receiver.offsets import OffsetFile
-from relay.receiver.operations import OperationOptions, Operations
-from relay.receiver.place import AnotherStream, Place
+from relay.receiver.operations import Operations
+from relay.receiver.options import PREFETCH_MAX, Options
 from relay.receiver.room import NO_ROOM, wait_for_room
-
-PREFETCH: Final = 128
-"""Unacked deliveries: 16 MiB of frames of the default size. Half of it is one batch on disk."""
-
-PREFETCH_MAX: Final = 2000
-"""What RabbitMQ allows on quorum queues."""
+from relay.receiver.stream_offset import AnotherStream, StreamOffset
 
 LINGER: Final = 0.005
 """Seconds a batch that is not full waits for more, because each costs the disk a sync or two."""
@@ -71,110 +62,7 @@ _NOT_ALLOWED: Final = 530
 """AMQP's reply code for, among others, a virtual host that does not exist."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What ``relay receive`` is asked for.
-
-    Attributes:
-        url: of the broker, amqp or amqps.
-        queue: must exist.
-        output: a directory, made if it is missing; one receiver at a time.
-        count: transfers after which it is done; None for no end.
-        prefetch: deliveries to hold unacked, 2 to PREFETCH_MAX.
-        begin: where in a stream to begin that was never received: ``first``, ``next``, an offset.
-        dead_letter: a queue for what is rejected, with the reason; None: the broker's own way.
-        idle_exit: seconds without a delivery after which it is done; None: it waits.
-        wait: for a directory that another receiver has.
-        ca_file: as ``[amqp]`` has it, and so the next two.
-        certificate_file: a client certificate.
-        key_file: its key.
-        storage: how what comes is kept.
-        operation: how it is operated.
-    """
-
-    url: str
-    queue: str
-    output: Path
-    count: int | None = None
-    prefetch: int = PREFETCH
-    begin: str | int = "first"
-    dead_letter: str | None = None
-    idle_exit: float | None = None
-    wait: bool = False
-    ca_file: str = ""
-    certificate_file: str = ""
-    key_file: str = ""
-    storage: StorageOptions = field(default_factory=StorageOptions)
-    operation: OperationOptions = field(default_factory=OperationOptions)
-
-
-def receive(options: Options) -> int:
-    """Write the transfers that come from a queue into directories.
-
-    One line on standard output for each, problems on standard error, or both there if standard
-    output gets the transfers. Ends after ``count`` transfers, after silence, or on SIGINT or
-    SIGTERM, whose handlers it takes over: call it from the main thread.
-
-    Returns:
-        The exit code: 0 for success, also when a signal ended it; 1 if it failed, or was stopped
-        before ``count`` was reached.
-
-    Raises:
-        ConfigError: the URL, the template or a file for TLS cannot be used.
-        ListenError: the admin listener's address cannot be listened on.
-    """
-    connector = _connector(options)
-    if options.dead_letter == options.queue:
-        raise ConfigError("--dead-letter: must be another queue than --queue")
-    if options.storage.stdout and options.operation.command is not None:
-        raise ConfigError("--stdout: writes no files, so it goes without --exec")
-    template = _template(options.storage)
-    intake = Intake(
-        lambda: _sink(options, template), count=options.count, expire_after=options.storage.expire
-    )
-    commands = operations.commands(options.operation, intake, options.output, limit=options.count)
-    try:
-        return trio.run(_Consumer(connector, intake, options, commands).run)
-    finally:
-        intake.discard()
-
-
-def _template(storage: StorageOptions) -> Template:
-    if storage.stdout and (storage.overwrite or storage.name != DEFAULT_TEMPLATE):
-        raise ConfigError("--stdout: writes no files, so it goes without --name and --overwrite")
-    try:
-        return Template(storage.name)
-    except ValueError as exc:
-        raise ConfigError(f"--name: must be {exc}") from exc
-
-
-def _sink(options: Options, template: Template) -> FileSink:
-    storage = options.storage
-    return FileSink(
-        options.output,
-        template=template,
-        overwrite=storage.overwrite,
-        stdout=sys.stdout.fileno() if storage.stdout else None,
-        quarantine_keep=storage.quarantine_keep,
-        pending=options.operation.command is not None,
-    )
-
-
-def _connector(options: Options) -> Connector:
-    try:
-        parse_amqp_url(options.url)
-    except ValueError as exc:
-        raise ConfigError(f"--amqp: must be {exc}") from exc
-    config = AmqpConfig(
-        urls=(options.url,),
-        ca_file=options.ca_file,
-        certificate_file=options.certificate_file,
-        key_file=options.key_file,
-    )
-    return Connector(config, name="relay receive", naming=_flag)
-
-
-class _Consumer:
+class Consumer:
     """Connects, consumes, reconnects, until there is a reason to stop."""
 
     def __init__(
@@ -189,7 +77,7 @@ class _Consumer:
         self._intake = intake
         self._options = options
         self._prefetch = min(max(options.prefetch, 2), PREFETCH_MAX)
-        self._place = Place(
+        self._offset = StreamOffset(
             OffsetFile(options.output / STAGING),
             f"{self._broker.virtual_host}/{options.queue}",
             options.begin,
@@ -277,9 +165,9 @@ class _Consumer:
         """One connection. Returns why there must be another, None if there must not."""
         queue, dead_letter = self._options.queue, self._options.dead_letter
         try:
-            offset = await self._place.load()
+            offset = await self._offset.load()
         except (OSError, ValueError) as exc:
-            self._fail(f"{self._place.path}: {exc}")
+            self._fail(f"{self._offset.path}: {exc}")
             return None
         async with AsyncExitStack() as stack:
             try:
@@ -317,7 +205,7 @@ class _Consumer:
                     return self._after(link.error, opened=link.consuming)
                 self._operations.consuming()
                 if link.is_stream:
-                    await self._place.find(link, OPEN_TIMEOUT)
+                    await self._offset.find(link, OPEN_TIMEOUT)
                 await self._take_in(link, letters)
                 return self._outcome(link, letters)
             except AnotherStream as exc:
@@ -342,7 +230,7 @@ class _Consumer:
             batch = link.take(batch_size)
             if batch:
                 quiet_since = trio.current_time()
-                self._place.see(batch[0])
+                self._offset.see(batch[0])
             self._operations.holds(len(batch) + len(link.deliveries))
             began = trio.current_time()
             try:
@@ -358,7 +246,7 @@ class _Consumer:
                 if letters is not None and not await self._bury(letters, fed, work.settlement):
                     return
                 if link.is_stream:
-                    await self._place.note(fed)
+                    await self._offset.note(fed)
             except OSError as exc:
                 self._stop_for(exc)
                 return
@@ -464,7 +352,3 @@ async def _opened(channel: OneChannel, ready: Callable[[], bool]) -> bool:
 async def _end_with(first: OneChannel, second: OneChannel) -> None:
     await first.wait_until(lambda: False)
     second.drop("the other connection has ended")
-
-
-def _flag(key: str) -> str:
-    return "--amqp" if key == "urls" else "--" + key.replace("_", "-")

@@ -39,21 +39,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import Lock
 from typing import ClassVar, Final
 
 from relay.model import PartHead, Totals, Transfer
 from relay.protocol.reassembly import PartEnded, Past, Position, key_digest
-from relay.receiver import Earlier, KnownKey, Refused, Sink, disk, staging
+from relay.receiver import Earlier, KnownKey, Sink, disk, staging
+from relay.receiver.handover import Handover
 from relay.receiver.ledger import End, Ledger, Record
 from relay.receiver.names import DEFAULT_TEMPLATE, RECEIPT, Template
-from relay.receiver.pending import Pending, PendingNotes
+from relay.receiver.pending import PendingNotes
 from relay.receiver.places import REPLACED, Directories, Files, Place, Places, StandardOutput
 from relay.receiver.quarantine import KEEP, Quarantine
-from relay.receiver.receipts import check
 from relay.receiver.staging import Staged
 
 STAGING: Final = ".relay-staging"
@@ -67,25 +65,6 @@ MAX_STAGED: Final = 10_000
 _STAGED: Final = re.compile(r"([0-9a-f-]{36})(\.journal)?")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StorageOptions:
-    """How ``relay receive`` keeps what it gets.
-
-    Attributes:
-        name: a template of the files' paths.
-        overwrite: replace what exists, instead of choosing another name.
-        stdout: write the parts to standard output, instead of files.
-        expire: seconds of silence after which a transfer is dropped.
-        quarantine_keep: seconds for which to keep what failed; 0 keeps nothing.
-    """
-
-    name: str = DEFAULT_TEMPLATE
-    overwrite: bool = False
-    stdout: bool = False
-    expire: float = 86_400.0
-    quarantine_keep: float = KEEP
-
-
 class OutputInUse(Exception):
     """Another receiver writes to the same directory."""
 
@@ -93,9 +72,10 @@ class OutputInUse(Exception):
 class FileSink(Sink):
     """Writes transfers into files below a directory; close it when done.
 
-    Holds two open files per open transfer, and a few numbers for each that is staged. The methods
-    of ``Sink`` are called by one thread at a time; ``pending``, ``note_try``, ``done`` and
-    ``give_up`` by any, also meanwhile.
+    Holds two open files per open transfer, and a few numbers for each that is staged.
+
+    Attributes:
+        handover: what is delivered, and what is yet to be done with it, for any thread.
     """
 
     rereads: ClassVar[bool] = True
@@ -118,7 +98,7 @@ class FileSink(Sink):
             template: of the files' paths; None for DEFAULT_TEMPLATE.
             overwrite: replace what exists, instead of choosing another name.
             stdout: a descriptor that gets the parts' bytes, instead of files.
-            pending: note delivered transfers until ``done`` or ``give_up``.
+            pending: note delivered transfers until they are done, or given up.
             quarantine_keep: seconds for which to keep what failed; 0 keeps nothing.
             max_staged: incomplete transfers on disk; one more drops the most silent one.
 
@@ -139,9 +119,6 @@ class FileSink(Sink):
         self._saving: dict[str, Position] = {}
         self._committed: dict[str, tuple[Staged, Record, Place]] = {}
         self._unwanted: dict[str, Record] = {}
-        # Those in the ledger that have yet to be moved.
-        self._unfinished: dict[str, Place] = {}
-        self._quarantine_lock = Lock()
         self._threads = ThreadPoolExecutor(SYNCS, thread_name_prefix="sync")
         with ExitStack() as stack:
             stack.callback(self._threads.shutdown)
@@ -154,12 +131,13 @@ class FileSink(Sink):
             self._ledger = Ledger(self._staging)
             stack.callback(self._ledger.close)
             self._quarantine = Quarantine(self._root, keep=quarantine_keep)
-            self._pending = PendingNotes(self._staging, output) if pending else None
-            if self._pending is not None:
-                stack.callback(self._pending.close)
             self._places = self._make_places(
                 template or Template(DEFAULT_TEMPLATE), overwrite, stdout
             )
+            notes = PendingNotes(self._staging, output) if pending else None
+            if notes is not None:
+                stack.callback(notes.close)
+            self.handover = Handover(output, self._staging, self._places, self._quarantine, notes)
             self._recover()
             self._resources = stack.pop_all()
 
@@ -227,16 +205,15 @@ class FileSink(Sink):
         self._sync_staging()
         self._together(partial(staged.save, position) for staged, position in going_on)
         self._saving.clear()
-        with self._quarantine_lock:
-            self._quarantine.sync()
+        self._quarantine.sync()
         delivered = [record for _, record, _ in self._committed.values()]
         self._ledger.append([*delivered, *self._unwanted.values()])
-        self._unfinished |= {of: place for of, (_, _, place) in self._committed.items()}
+        self.handover.add(place for _, _, place in self._committed.values())
         self._committed.clear()
         for transfer_id in self._unwanted:
             staging.remove(transfer_id, self._staging)
         self._unwanted.clear()
-        self._finish()
+        self.handover.finish()
 
     def abort(self, transfer_id: str) -> None:
         """Remove what is staged of the transfer."""
@@ -249,7 +226,7 @@ class FileSink(Sink):
         self._let_go(transfer_id)
         self._parked.pop(transfer_id, None)
         if self._quarantine.keeps and disk.exists(transfer_id, self._staging):
-            self._put_aside(transfer_id, reason)
+            self._quarantine.take_staged(transfer_id, reason, self._staging)
         staging.remove(transfer_id, self._staging)
 
     # --- what other processes, or ``park``, left ---------------------------------------------
@@ -307,52 +284,9 @@ class FileSink(Sink):
             transfer_id, _ = self._parked.popitem(last=False)
             staging.remove(transfer_id, self._staging)
             self._dropped.append(transfer_id)
-        with self._quarantine_lock:
-            self._quarantine.sweep()
+        self._quarantine.sweep()
         dropped, self._dropped = self._dropped, []
         return dropped
-
-    # --- what is to be done with delivered transfers -----------------------------------------
-
-    def pending(self) -> list[Pending]:
-        """Delivered transfers that are neither done nor given up, oldest first. Any thread."""
-        return [] if self._pending is None else self._pending.list()
-
-    def note_try(self, transfer_id: str) -> None:
-        """Count a try of a transfer that is pending. Any thread.
-
-        Raises:
-            KeyError: it is not pending.
-        """
-        self._notes().note_try(transfer_id)
-
-    def done(self, transfer_id: str) -> None:
-        """Forget a transfer that was pending. Any thread."""
-        self._notes().remove(transfer_id)
-
-    def give_up(self, transfer_id: str, reason: str) -> None:
-        """Move what was delivered of a pending transfer to the quarantine. Any thread; it blocks.
-
-        What is no longer where it was delivered is left alone.
-
-        Raises:
-            KeyError: it is not pending.
-        """
-        pending = self._notes().get(transfer_id)
-        receipt = pending.receipt.relative_to(self._output).parts
-        path = pending.where.relative_to(self._output).parts
-        place = Place(transfer_id, path, receipt)
-        with self._quarantine_lock:
-            if self._quarantine.keeps:
-                self._quarantine.take(
-                    transfer_id,
-                    reason,
-                    {"tries": pending.tries},
-                    (),
-                    lambda directory: self._places.withdraw(place, directory),
-                )
-                self._quarantine.sync()
-        self._notes().remove(transfer_id)
 
     # --- how ---------------------------------------------------------------------------------
 
@@ -384,59 +318,13 @@ class FileSink(Sink):
             if record is None:
                 self._parked[transfer_id] = modified
             elif record.end is End.DELIVERED and has_receipt:
-                self._recover_delivered(transfer_id)
+                self.handover.recover(transfer_id)
             else:
                 staging.remove(transfer_id, self._staging)
-        self._finish()
-
-    def _recover_delivered(self, transfer_id: str) -> None:
-        try:
-            receipt = os.open(f"{transfer_id}/{RECEIPT}", disk.READ, dir_fd=self._staging)
-            with os.fdopen(receipt, "rb") as file:
-                transfer = check(file)
-            self._unfinished[transfer_id] = self._places.choose(transfer)
-        except (ValueError, Refused) as exc:
-            # It was acked: whatever has become of its receipt since, its bytes must be kept.
-            self._put_aside(transfer_id, str(exc))
-            staging.remove(transfer_id, self._staging)
-
-    def _finish(self) -> None:
-        """Move what is in the ledger to its places. Can be called again after an OSError."""
-        if not self._unfinished:
-            return
-        places = [*self._unfinished.values()]
-        waiting = [self._waiting(place) for place in places]
-        if self._pending is not None:
-            self._pending.add(waiting)
-        self._places.put(places)
-        for place in places:
-            staging.remove(place.transfer_id, self._staging)
-        if self._pending is not None:
-            self._pending.show(waiting)
-        self._unfinished.clear()
-
-    def _put_aside(self, transfer_id: str, reason: str) -> None:
-        about, parts = staging.describe(transfer_id, self._staging)
-        with self._quarantine_lock:
-            self._quarantine.take(
-                transfer_id,
-                reason,
-                about,
-                parts,
-                lambda directory: staging.move_aside(transfer_id, self._staging, directory),
-            )
-
-    def _waiting(self, place: Place) -> Pending:
-        receipt = self._output.joinpath(*place.receipt)
-        return Pending(place.transfer_id, self._output.joinpath(*place.path), receipt, time.time())
+        self.handover.finish()
 
     def _where(self, place: Place) -> Path | str:
         return self._output.joinpath(*place.path) if place.path else "standard output"
-
-    def _notes(self) -> PendingNotes:
-        if self._pending is None:
-            raise KeyError("nothing is noted as pending")
-        return self._pending
 
     def _let_go(self, transfer_id: str) -> None:
         """Close the transfer, if it is open."""

@@ -94,7 +94,9 @@ class Intake:
             self._receiver = Receiver(self._sink, expire_after=self._expire_after)
             if self._due_before is None:
                 # They count now, because they did not count then: their commands were due.
-                self._due_before = frozenset(due.transfer_id for due in self._sink.pending())
+                self._due_before = frozenset(
+                    due.transfer_id for due in self._sink.handover.pending()
+                )
                 self._delivered = len(self._due_before)
 
     def work(self, batch: Sequence[Delivery]) -> Work:
@@ -134,22 +136,22 @@ class Intake:
     def pending(self) -> Sequence[Pending]:
         """Transfers whose command is due, the oldest first."""
         with self._in_use:
-            return [] if self._sink is None else self._sink.pending()
+            return [] if self._sink is None else self._sink.handover.pending()
 
     def done(self, transfer_id: str) -> None:
         """Its command has succeeded. Raises OSError if that cannot be noted now."""
         with self._open_sink_in_use() as sink:
-            sink.done(transfer_id)
+            sink.handover.done(transfer_id)
 
     def note_try(self, transfer_id: str) -> None:
         """Its command has failed once more. Raises as ``done`` does."""
         with self._open_sink_in_use() as sink:
-            sink.note_try(transfer_id)
+            sink.handover.note_try(transfer_id)
 
     def give_up(self, transfer_id: str, reason: str) -> None:
         """Its command has failed for good: into quarantine with it. Raises as ``done`` does."""
         with self._open_sink_in_use() as sink:
-            sink.give_up(transfer_id, reason)
+            sink.handover.give_up(transfer_id, reason)
 
     @contextmanager
     def _open_sink_in_use(self) -> Iterator[FileSink]:

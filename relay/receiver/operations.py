@@ -5,7 +5,6 @@ The consumer tells it what happens; it decides nothing about deliveries and know
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TextIO
 
@@ -16,6 +15,7 @@ from relay.receiver.admin import Admin
 from relay.receiver.commands import STOP_GRACE, Command, Commands, Work, split
 from relay.receiver.console import Console, say
 from relay.receiver.figures import Figures
+from relay.receiver.options import OperationOptions
 from relay.systemd import Notifier, Rate
 
 DUE_MAX: Final = 100
@@ -31,27 +31,6 @@ hour, and count deliveries made in vain."""
 _STOP_TIME: Final = STOP_GRACE + 10.0
 """Seconds until the last acks have been taken and the last command has been killed, with some to
 spare."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OperationOptions:
-    """How ``relay receive`` is operated.
-
-    Attributes:
-        admin: the admin listener's address; None for none.
-        command: a command line for each delivered transfer; None for none.
-        command_tries: failures after which it is given up; 0 for never.
-        command_jobs: how many run at a time.
-        as_json: the lines on standard output.
-        quiet: neither lines on standard output nor progress.
-    """
-
-    admin: str | None = None
-    command: str | None = None
-    command_tries: int = 5
-    command_jobs: int = 1
-    as_json: bool = False
-    quiet: bool = False
 
 
 def commands(

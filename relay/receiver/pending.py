@@ -96,9 +96,10 @@ class PendingNotes:
 
     def remove(self, transfer_id: str) -> None:
         """Forget it, if it waits. Not synced: after a power failure it may wait again."""
+        # The file first: if that fails, it waits still.
+        disk.remove_file(transfer_id, self._directory)
         with self._lock:
             self._waiting.pop(transfer_id, None)
-        disk.remove_file(transfer_id, self._directory)
 
     def _write(self, pending: Pending, *, sync: bool) -> None:
         # Relative: the output may be moved, or be called something else by the next process.

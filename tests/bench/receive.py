@@ -24,7 +24,7 @@ from relay.demo.rabbitmq import RabbitMQNode
 from relay.model import PartHead, Transfer
 from relay.protocol.framing import Framer
 from relay.protocol.wire import Message, encode_frame
-from relay.receiver.consumer import PREFETCH
+from relay.receiver.options import PREFETCH
 from tests.bench import bare_consumer
 from tests.bench.kills import QUEUES
 from tests.bench.pump import cpu_seconds

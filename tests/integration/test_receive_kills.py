@@ -108,7 +108,7 @@ def transfer(tmp_path: Path) -> Path:
     """One of the transfers in an output that is as it must be; its first part is not empty."""
     mix = small_mix()
     (tmp_path / ".relay-staging").mkdir()
-    (tmp_path / ".relay-staging" / "keys").touch()
+    (tmp_path / ".relay-staging" / "ledger").touch()
     for group in mix.groups:
         deliver(mix, group[0], tmp_path)
     return next(tmp_path / of[0].transfer.id for of in mix.groups if of[0].parts[0].size)

@@ -9,7 +9,7 @@ from relay.demo.rabbitmq import RabbitMQNode
 from relay.model import PartHead, Transfer
 from relay.protocol.framing import Framer
 from relay.protocol.wire import encode_frame
-from relay.receiver.consumer import PREFETCH
+from relay.receiver.options import PREFETCH
 from tests.hostile_messages import Published
 from tests.observed_receiver import (
     MIB,

@@ -21,8 +21,9 @@ from relay.receiver.admin import Admin
 from relay.receiver.console import Console, say
 from relay.receiver.figures import CommandFigures, Figures
 from relay.receiver.files import FileSink
-from relay.receiver.operations import DUE_MAX, DUE_RESUME, HOLD, OperationOptions, Operations
+from relay.receiver.operations import DUE_MAX, DUE_RESUME, HOLD, Operations
 from relay.receiver.operations import commands as make_commands
+from relay.receiver.options import OperationOptions
 from tests.memory_work import MemoryWork
 from tests.notify_socket import Manager
 from tests.receiving import FRAME, cut

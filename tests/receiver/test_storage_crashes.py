@@ -204,7 +204,7 @@ def test_wherever_it_is_interrupted_each_transfer_is_delivered_once(
     def check(output: Path) -> None:
         with closing(open_sink(output, name, pending=True)) as sink:
             Receiver(sink).settle()
-            assert {pending.transfer_id for pending in sink.pending()} == set(BODIES)
+            assert {pending.transfer_id for pending in sink.handover.pending()} == set(BODIES)
         meanwhile(output)
         assert staged(output) == []
         assert deliveries(output) == BODIES

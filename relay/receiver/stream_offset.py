@@ -16,8 +16,8 @@ class AnotherStream(Exception):
     """The queue is not the stream that was received before; the text says what to do."""
 
 
-class Place:
-    """Where one consumer is in one stream."""
+class StreamOffset:
+    """How far one consumer has come in one stream."""
 
     def __init__(
         self, file: OffsetFile, stream: str, begin: str | int, say: Callable[[str], None]
