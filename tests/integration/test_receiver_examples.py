@@ -109,7 +109,7 @@ def stored(path: Path) -> Digests:
         found: Digests = {}
         for of, number in database.execute(
             "SELECT transfer, number FROM part JOIN transfer ON transfer = id"
-            " WHERE complete ORDER BY transfer, number"
+            " WHERE state = 'complete' ORDER BY transfer, number"
         ):
             rows = database.execute(
                 "SELECT body FROM data WHERE transfer = ? AND part = ? ORDER BY n", (of, number)

@@ -1,4 +1,4 @@
-"""The README's "Scaling out", with its own files: several queues, each transfer whole in one."""
+"""The receiver's README, "Scaling out", with its own files: several queues, each transfer whole in one."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ SIZES = (0, 1, 131_064, 131_065, 300_000, 2_000_000)
 
 def fenced(language: str) -> str:
     """The block in that language in the README's section."""
-    section = (ROOT / "README.md").read_text().partition("\n## Scaling out\n")[2]
+    section = (ROOT / "relay/receiver/README.md").read_text().partition("\n## Scaling out\n")[2]
     found = re.search(rf"^```{language}\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
     assert found is not None
     return found[1]
