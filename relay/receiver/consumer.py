@@ -10,8 +10,9 @@ import random
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
+from functools import partial
 from signal import SIGINT, SIGTERM
-from typing import Final
+from typing import Final, TypeVar
 
 import pika.exceptions
 import trio
@@ -38,6 +39,9 @@ LINGER: Final = 0.005
 IDLE: Final = 1.0
 """Seconds between two looks at what has expired while nothing comes."""
 
+STDOUT_GRACE: Final = 2.0
+"""Seconds for which a reader of standard output that reads nothing can put off the end."""
+
 OPEN_TIMEOUT: Final = 15.0
 """Seconds from a stream to the broker to the first delivery being possible."""
 
@@ -60,6 +64,8 @@ _FATAL: Final = (
 
 _NOT_ALLOWED: Final = 530
 """AMQP's reply code for, among others, a virtual host that does not exist."""
+
+_Result = TypeVar("_Result")
 
 
 class Consumer:
@@ -88,6 +94,7 @@ class Consumer:
             lines=sys.stderr if options.storage.stdout else sys.stdout,
             commands=commands,
         )
+        self._working = trio.Lock()
         self._largest = 0
         self._full: OSError | None = None
         self._futile = 0
@@ -114,6 +121,9 @@ class Consumer:
     async def _stop_on_signal(self, signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
         await anext(signals)
         self._operations.stopping()
+        # Let a batch be settled; without end only if none can wait for a reader.
+        with trio.move_on_after(STDOUT_GRACE):
+            await self._working.acquire()
         scope.cancel()
 
     async def _keep_consuming(self) -> None:
@@ -143,7 +153,7 @@ class Consumer:
         said = False
         while True:
             try:
-                await trio.to_thread.run_sync(self._intake.open)
+                await self._work(self._intake.open)
                 await self._operations.take_up()
                 return True
             except OutputInUse as exc:
@@ -234,7 +244,7 @@ class Consumer:
             self._operations.holds(len(batch) + len(link.deliveries))
             began = trio.current_time()
             try:
-                work = await trio.to_thread.run_sync(self._intake.work, batch)
+                work = await self._work(partial(self._intake.work, batch))
                 fed = batch[: work.fed]
                 self._operations.settled(
                     work.settlement,
@@ -257,6 +267,16 @@ class Consumer:
                 return
             if (reason := await self._operations.wait_room()) is not None:
                 link.drop(reason)
+
+    async def _work(self, work: Callable[[], _Result]) -> _Result:
+        """Have the intake do something, in a thread.
+
+        A write to standard output may never end. To abandon it is a crash, which what is staged
+        survives.
+        """
+        async with self._working:
+            stdout = self._options.storage.stdout
+            return await trio.to_thread.run_sync(work, abandon_on_cancel=stdout)
 
     async def _bury(
         self, letters: DeadLetters, fed: list[Delivery], settlement: Settlement

@@ -68,6 +68,7 @@ class Intake:
         self._delivered = 0
         # What earlier processes delivered, and is due; None before it is known.
         self._due_before: frozenset[str] | None = None
+        self._is_working = False
         # Held while the sink is closed, or used by who runs commands.
         self._in_use = Lock()
         self._recent: deque[str] = deque(maxlen=RECENT)
@@ -105,6 +106,13 @@ class Intake:
         Raises:
             OSError: from the sink. Then ``discard``, or ``close``.
         """
+        self._is_working = True
+        try:
+            return self._work(batch)
+        finally:
+            self._is_working = False
+
+    def _work(self, batch: Sequence[Delivery]) -> Work:
         receiver = self._receiver
         assert receiver is not None, "open() comes first"
         until = self._clock() + BATCH_TIME
@@ -125,7 +133,12 @@ class Intake:
         return Work(replace(settlement, delivered=tuple(new)), fed)
 
     def discard(self) -> None:
-        """Let go of sink and receiver as a crash would."""
+        """Let go of sink and receiver as a crash would.
+
+        If ``work`` was abandoned and goes on, it keeps them until the process ends.
+        """
+        if self._is_working:
+            return
         with self._in_use:
             sink, self._sink, self._receiver = self._sink, None, None
             if sink is not None:

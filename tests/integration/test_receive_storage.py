@@ -1,9 +1,13 @@
 """``relay receive`` as a process: the options that say where what it gets goes."""
 
+import fcntl
 import json
 import os
+import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 from random import Random
@@ -83,6 +87,41 @@ def test_a_reader_that_is_gone_ends_it_and_the_next_one_gets_everything(
     assert receiver.wait() == 0
     assert receiver.out == "1" * FRAME
     assert nothing_staged(output)
+
+
+def test_a_reader_that_reads_nothing_does_not_keep_it_from_ending(
+    rabbitmq: RabbitMQNode, make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    queue = make_queue()
+    body = Random(1).randbytes(1_000_000).hex()
+    queue.publish_frames(cut(("a", body.encode())))
+    command = [sys.executable, "-m", "relay", "receive", "--amqp", rabbitmq.url]
+    command += ["--queue", queue.name, "--output", str(output), "--stdout"]
+    # The first one is stopped while it delivers, the second one while it finishes what the first
+    # one has left.
+    for _ in range(2):
+        reading, writing = os.pipe()
+        with (
+            os.fdopen(reading, "rb"),
+            os.fdopen(writing, "wb") as full,
+            subprocess.Popen(command, stdout=full) as receiver,
+        ):
+            eventually(lambda pipe=reading: unread(pipe) > 0, "it writes")  # type: ignore[misc]
+            receiver.send_signal(signal.SIGTERM)
+            assert receiver.wait(60) == 0
+        assert not nothing_staged(output)
+
+    last = start(queue.name, "--stdout", "--idle-exit", "1 s")
+
+    assert last.wait() == 0
+    assert last.out == body
+    assert nothing_staged(output)
+
+
+def unread(pipe: int) -> int:
+    """Bytes that are in the pipe."""
+    count = fcntl.ioctl(pipe, termios.FIONREAD, struct.pack("i", 0))
+    return int(struct.unpack("i", count)[0])
 
 
 def test_silent_transfers_expire_when_told(
