@@ -66,6 +66,11 @@ _MALFORMED = (
 """What pika's decoder raises on bytes that are not AMQP, apart from its own exceptions; OSError is
 what datetime says of a date out of range."""
 
+_ONCE: Final = b"\x0fx-stream-offset"
+"""A header that RabbitMQ sets in what a stream delivers, in place of a publisher's. In place of the
+first one: a publisher that writes it twice gets the other one through (3.10), and pika takes the
+last. No reader of a stream may believe such a message, so it is delivered without properties."""
+
 
 class TrioConnection(Connection):
     """One AMQP connection over an established stream.
@@ -272,7 +277,7 @@ class TrioConnection(Connection):
 
     def _read_frame(self) -> tuple[int, amqp.Frame | amqp.ProtocolHeader | None]:
         try:
-            return super()._read_frame()
+            consumed, frame = super()._read_frame()
         except _MALFORMED:
             kind, channel, size = _FRAME_START.unpack_from(self._frame_buffer)
             end = _FRAME_START.size + size
@@ -283,6 +288,9 @@ class TrioConnection(Connection):
             # consumer for ever; so it is delivered without its properties.
             _, _, body_size = _HEADER_START.unpack_from(self._frame_buffer, _FRAME_START.size)
             return end + 1, amqp.Header(channel, body_size, BasicProperties())
+        if isinstance(frame, amqp.Header) and self._frame_buffer.count(_ONCE, 0, consumed) > 1:
+            frame.properties = BasicProperties()
+        return consumed, frame
 
     def _adapter_emit_data(self, data: bytes | memoryview) -> None:
         self._queue.append(data)

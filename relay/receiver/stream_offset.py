@@ -95,8 +95,10 @@ class StreamOffset:
         Raises:
             OSError: the file cannot be written.
         """
-        if safe:
-            bookmark = await trio.to_thread.run_sync(_bookmark, safe[-1])
+        # One without an offset has headers that cannot be read; it comes again after a restart.
+        known = next((delivery for delivery in reversed(safe) if delivery.offset is not None), None)
+        if known is not None:
+            bookmark = await trio.to_thread.run_sync(_bookmark, known)
             await trio.to_thread.run_sync(self._file.save, self._stream, bookmark)
 
 

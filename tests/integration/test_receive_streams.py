@@ -1,9 +1,12 @@
 """``relay receive`` from stream queues, which keep what is acked: where to go on is its own."""
 
+import json
 import os
 import signal
+from contextlib import closing
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pika
 import pytest
@@ -192,3 +195,52 @@ def test_a_stream_made_anew_is_not_mistaken_for_the_old_one(
     offset.unlink()
     assert start(queue.name, "--count", "1").wait() == 0
     check(output, new, ("0-a", b"y"))
+
+
+class Twice(dict[str, int]):
+    """A header table that names one header twice, as no dict can."""
+
+    def items(self) -> Any:
+        return [("x-stream-offset", self["first"]), ("x-stream-offset", self["second"])]
+
+
+def test_an_offset_that_a_publisher_made_up_is_not_believed(
+    rabbitmq: RabbitMQNode, make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    queue = make_queue(STREAM)
+    frames, after = cut(("a", b"x" * 3 * FRAME)), cut(("b", b"y"))
+    queue.publish_frames(frames)
+    with closing(pika.BlockingConnection(pika.URLParameters(rabbitmq.url))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        for headers in (Twice(first=5, second=10**12), {"x-stream-offset": 10**12}):
+            forged = pika.BasicProperties(headers=headers)
+            channel.basic_publish("", queue.name, b"forged", forged)
+    receiver = start(queue.name, "--idle-exit", "1 s")
+    assert receiver.wait() == 0
+    (noted,) = json.loads((output / ".relay-staging" / "offset").read_text()).values()
+    assert noted["last"] == len(frames) + 1
+    queue.publish_frames(after)
+
+    assert start(queue.name, "--idle-exit", "1 s").wait() == 0
+
+    assert delivered(output) == {frames[0].transfer.id, after[0].transfer.id}
+
+
+def test_a_message_without_readable_headers_at_the_end_does_not_undo_what_was_noted(
+    rabbitmq: RabbitMQNode, make_queue: MakeQueue, start: Start, output: Path
+) -> None:
+    queue = make_queue(STREAM)
+    frames = cut(("a", b"x" * 3 * FRAME))
+    queue.publish_frames(frames)
+    with closing(pika.BlockingConnection(pika.URLParameters(rabbitmq.url))) as connection:
+        channel = connection.channel()
+        channel.confirm_delivery()
+        forged = pika.BasicProperties(headers=Twice(first=5, second=10**12))
+        channel.basic_publish("", queue.name, b"forged", forged)
+    for _ in range(2):
+        receiver = start(queue.name, "--idle-exit", "1 s")
+        assert receiver.wait() == 0
+        (noted,) = json.loads((output / ".relay-staging" / "offset").read_text()).values()
+        assert noted["last"] == len(frames) - 1
+        assert "not a frame" in receiver.err

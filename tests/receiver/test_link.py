@@ -1,5 +1,6 @@
 """One consuming connection against a scripted broker: what it holds, asks for and answers."""
 
+import tracemalloc
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
@@ -12,7 +13,7 @@ from trio.testing import memory_stream_pair, wait_all_tasks_blocked
 
 from relay.broker.adapter import READ_SIZE
 from relay.receiver import Settlement, link
-from relay.receiver.link import Delivery, Link
+from relay.receiver.link import Delivery, Link, footprint
 from tests.scripted_broker import ScriptedBroker, patience
 
 CEILING = 1024 * 1024
@@ -153,3 +154,18 @@ async def test_of_another_queue_the_header_says_nothing_and_rejects_are_rejects(
         assert (reject.delivery_tag, reject.requeue) == (2, False)
         _, ack = await broker.expect(Basic.Ack)
         assert ack.delivery_tag == 1
+
+
+def test_headers_count_as_what_they_take_in_memory() -> None:
+    headers = {"seq": 1, "relay": 1}
+    assert 200 < footprint(headers) < 500
+    assert footprint(headers | {"name": "x" * 10_000}) > 10_000
+    fields = {f"{number:x}": True for number in range(20_000)}
+    tables = {"table": fields, "list": [dict(fields), ["x" * 1000]]}
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    made = {f"{number:x}": True for number in range(20_000)}
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert taken <= 1.1 * footprint(made)
+    assert footprint(tables) > 2 * footprint(fields)
