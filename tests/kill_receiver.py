@@ -159,6 +159,7 @@ def _moment(
 def _finish(rig: Rig, outcome: Outcome, queue_type: str) -> None:
     with rig.start() as receiver, Depth(rig.node.url, rig.queue) as depth:
         try:
+            wait_until(lambda: receiver.handles(signal.SIGTERM), "it can be asked to stop")
             wait_until(lambda: not rig.left() or receiver.exit_code is not None, "all delivered")
             if queue_type != "stream":
                 wait_until(lambda: depth.ready() == 0, "nothing waits in the queue")

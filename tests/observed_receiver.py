@@ -6,6 +6,7 @@ must come of it, is for others to know.
 
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -74,6 +75,14 @@ class ObservedReceiver(Receiver):
     def exit_code(self) -> int | None:
         """None while it runs; negative if a signal ended it."""
         return self._process.poll()
+
+    def handles(self, number: signal.Signals) -> bool:
+        """Whether it would do something of its own about a signal by now."""
+        for line in Path(f"/proc/{self.pid}/status").read_text().splitlines():
+            name, _, mask = line.partition(":")
+            if name == "SigCgt":
+                return bool(int(mask, 16) >> (number - 1) & 1)
+        raise LookupError("no SigCgt in /proc/PID/status")
 
     def written(self) -> int:
         """Bytes it has passed to write(2) so far; what it sends to sockets does not count."""

@@ -1,4 +1,4 @@
-"""The receiver's README, "Scaling out", with its own files: several queues, each transfer whole in one."""
+"""The recipe for scaling out, with its own files: several queues, each transfer whole in one."""
 
 import hashlib
 import json
