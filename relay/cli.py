@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from relay import __version__
-from relay.config import ConfigError, load, naming, parse_address, parse_duration
+from relay.config import Config, ConfigError, load, naming, parse_address, parse_duration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,15 +30,24 @@ def _serve(arguments: argparse.Namespace) -> int:
     sys.dont_write_bytecode = True
     # Imported here: each command starts without what only the others need.
     from relay import daemon, logs
-    from relay.server.listeners import ListenError
+    from relay.server.listeners import ADMIN, HTTP, ListenError, address_of, inherited_sockets
 
-    config = load(
-        arguments.config, listen=arguments.listen, amqp=arguments.amqp, admin=arguments.admin
-    )
+    inherited = inherited_sockets()
+    admin = [address_of(listening) for listening in inherited[ADMIN]]
+
+    def read() -> Config:
+        return load(
+            arguments.config,
+            listen=[address_of(listening) for listening in inherited[HTTP]] or arguments.listen,
+            amqp=arguments.amqp,
+            admin=admin[0] if admin else arguments.admin,
+        )
+
+    config = read()
     logs.configure(config.log)
     try:
         with naming(arguments.config):
-            daemon.run(config)
+            daemon.run(config, inherited)
     except ListenError as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1

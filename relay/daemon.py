@@ -3,7 +3,7 @@
 Starting: listeners first, so that a wrong address is an error at once; the broker may come later.
 Stopping (SIGTERM, SIGINT): accept nothing new, let uploads in progress finish within
 ``drain_timeout``, tell the rest that they failed, say goodbye to the broker. A second signal ends
-the waiting. SIGHUP has tokens and certificates read again.
+the waiting, a third one everything. SIGHUP has tokens and certificates read again.
 """
 
 import logging
@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 
 import trio
 from prometheus_client import Metric
@@ -29,7 +29,7 @@ from relay.logs import fields
 from relay.server import listeners, tokens
 from relay.server.admin import AdminHandler
 from relay.server.handler import UploadHandler
-from relay.server.identity import Access
+from relay.server.identity import Access, Peer
 from relay.server.pages import CONNECTIONS_MAX
 from relay.server.tls import TlsServer
 from relay.server.uploads import Uploads
@@ -42,12 +42,17 @@ VERIFY_PAUSE = 10.0
 """Seconds between two verifications of the routes, at least: a connection that comes and goes must
 not fill queues with probes, nor the log with what they find."""
 
+Inherited = Mapping[str, Sequence[socket.socket]]
+"""Listening sockets by name, ``http`` and ``admin``."""
+
 GOODBYE = 2.0
 """Seconds for last responses, and again for the AMQP goodbye, once no upload is left."""
 
 
-def run(config: Config) -> None:
+def run(config: Config, inherited: Inherited | None = None) -> None:
     """Run the daemon until it is told to stop.
+
+    ``inherited`` sockets, by name, take the place of the addresses in ``config``.
 
     Raises:
         ListenError: an address cannot be listened on.
@@ -55,14 +60,15 @@ def run(config: Config) -> None:
     """
     allocator.tune()
     _raise_file_limit()
-    trio.run(Daemon(config).run)
+    trio.run(Daemon(config, inherited).run)
 
 
 class Daemon:
     """All of relay that runs."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, inherited: Inherited | None = None) -> None:
         self._config = config
+        self._inherited = inherited or {}
         self._accepting = trio.CancelScope()
         self._uploads = Uploads(
             config.http.max_uploads, per_client=config.http.max_uploads_per_client
@@ -82,9 +88,9 @@ class Daemon:
     async def run(self) -> None:
         """Serve until a signal says stop, then drain."""
         config = self._config
-        upload_listeners = await listeners.open_listeners(config.http.listen)
+        upload_listeners = await self._listen(listeners.HTTP, config.http.listen)
         admin_addresses = [config.admin.listen] if config.admin.listen else []
-        admin_listeners = await listeners.open_listeners(admin_addresses)
+        admin_listeners = await self._listen(listeners.ADMIN, admin_addresses)
         with (
             trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals,
             trio.open_signal_receiver(signal.SIGHUP) as hangups,
@@ -105,9 +111,20 @@ class Daemon:
                 async with trio.open_nursery() as stopping:
                     stopping.start_soon(self._stop, stopping.cancel_scope)
                     await anext(signals)
+                    self._uploads.hasten()
+                    await anext(signals)
                     stopping.cancel_scope.cancel()
                 nursery.cancel_scope.cancel()
         log.info("stopped")
+
+    async def _listen(self, name: str, addresses: Sequence[str]) -> list[trio.SocketListener]:
+        if inherited := self._inherited.get(name):
+            return listeners.adopt(inherited)
+        return await listeners.open_listeners(addresses)
+
+    async def _serve_upload(self, stream: trio.SocketStream, peer: Peer) -> None:
+        with self._uploads.connected():
+            await (self._tls or self._handler).serve(stream, peer)
 
     async def _serve_uploads(
         self, upload_listeners: list[trio.SocketListener], nursery: trio.Nursery
@@ -115,7 +132,7 @@ class Daemon:
         with self._accepting:
             await listeners.serve(
                 upload_listeners,
-                self._tls.serve if self._tls else self._handler.serve,
+                self._serve_upload,
                 limit=self._config.http.max_connections,
                 nursery=nursery,
             )
@@ -181,7 +198,7 @@ class Daemon:
         self._accepting.cancel()
         await self._uploads.drain(self._config.http.drain_timeout)
         with trio.move_on_after(GOODBYE):
-            await self._uploads.wait_answered()
+            await self._uploads.wait_disconnected()
         with trio.move_on_after(GOODBYE):
             await self._broker.close()
         scope.cancel()

@@ -72,6 +72,7 @@ TABLE = """
     server.connection      | trio h11                | broker transfer
     server.tls_stream      | trio                    | all
     server.uploads         | trio                    | broker transfer protocol
+    server.idle            | trio                    | all
     server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol
     server.identity        |                         | all but server.tokens config errors

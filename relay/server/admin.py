@@ -9,7 +9,7 @@ import trio
 from prometheus_client import Metric
 
 from relay.config import HttpConfig
-from relay.errors import RelayError
+from relay.errors import RelayError, ShuttingDown
 from relay.server.pages import MetricsPage, Page, Pages, health_page, json_page
 from relay.server.responses import Response, problem
 from relay.server.uploads import Uploads
@@ -37,12 +37,16 @@ class AdminHandler:
         self.serve = Pages(config, pages).serve
 
     def _ready(self) -> Response:
+        reason: RelayError | None
         try:
             self._uploads.check()
         except RelayError as exc:
-            reason: RelayError | None = exc
+            reason = exc
         else:
             reason = self._refusal()
+        if self._uploads.draining:
+            # What is connected may still upload; whoever chooses a daemon is to choose another.
+            reason = ShuttingDown("the daemon is stopping")
         if reason is None:
             return json_page(200, {"status": "ready"})
         return problem(reason)

@@ -19,6 +19,7 @@ from relay.config import HttpConfig
 from relay.errors import BadRequest, ClientGone, TooSlow
 from relay.protocol.chunked import ChunkedValidator
 from relay.protocol.head import HeadReader, RawHead, check_head
+from relay.server.idle import Idle
 from relay.server.responses import Response
 
 READ_SIZE: Final = 64 * 1024
@@ -41,9 +42,16 @@ class HttpConnection:
         awaits_response: whether a request has begun to arrive, and its last response has not.
     """
 
-    def __init__(self, stream: trio.abc.HalfCloseableStream, config: HttpConfig) -> None:
+    def __init__(
+        self,
+        stream: trio.abc.HalfCloseableStream,
+        config: HttpConfig,
+        idle: Idle | None = None,
+    ) -> None:
+        """``idle`` may end the waits for further requests, as if the client had ended them."""
         self._stream = stream
         self._config = config
+        self._idle = idle or Idle()
         self._h11 = h11.Connection(h11.SERVER)
         self._unread = b""
         self._head = b""
@@ -86,7 +94,8 @@ class HttpConnection:
 
     async def _read_head(self, reader: HeadReader, deadline: float) -> bool:
         """Fill ``_unread``; False if the client ended or sat out the time between requests."""
-        with trio.move_on_at(deadline) as scope:
+        waiting = trio.move_on_at if reader.started else self._idle.until
+        with waiting(deadline) as scope:
             self._unread = await self._receive_some(SMALL_READ_SIZE)
         if scope.cancelled_caught:
             if reader.started:

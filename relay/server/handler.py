@@ -86,7 +86,7 @@ class UploadHandler:
 
         What is raised is a bug; its client has been told so, if it could be.
         """
-        connection = HttpConnection(stream, self._config)
+        connection = HttpConnection(stream, self._config, self._uploads.idle)
         try:
             while await self._serve_request(connection, peer):
                 pass
@@ -114,10 +114,9 @@ class UploadHandler:
             # its traceback would keep what was read for as long as the connection lingers.
             await connection.respond(refusal, close=True)
             return False
-        with self._uploads.answering():
-            response = await self._upload(connection, head, peer)
-            keep = head.keep_alive and connection.body_read and not self._uploads.draining
-            await connection.respond(response, close=not keep)
+        response = await self._upload(connection, head, peer)
+        keep = head.keep_alive and connection.body_read and not self._uploads.draining
+        await connection.respond(response, close=not keep)
         return keep
 
     async def _upload(self, connection: HttpConnection, head: RequestHead, peer: Peer) -> Response:

@@ -1,7 +1,8 @@
 """Listening sockets, and no more connections than allowed.
 
 Accepts nothing while the limit is reached: further clients wait in the kernel's backlog, where
-they cost the daemon nothing.
+they cost the daemon nothing. Sockets may come from systemd (sd_listen_fds(3)), which keeps them
+open when the daemon is restarted. Its own few lines, as for sd_notify: three variables.
 """
 
 import errno
@@ -10,12 +11,13 @@ import os
 import socket
 import stat
 import struct
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Final
 
 import trio
 
+from relay.config import ConfigError
 from relay.logs import fields
 from relay.server.identity import Peer
 
@@ -29,9 +31,65 @@ _CREDENTIALS: Final = struct.Struct("iII")
 
 BACKLOG: Final = 1024
 
+HTTP: Final = "http"
+ADMIN: Final = "admin"
+"""What systemd must call its sockets (FileDescriptorName=)."""
+
+_FIRST_FD: Final = 3
+
 
 class ListenError(Exception):
     """An address cannot be listened on. One line: which, and why."""
+
+
+def inherited_sockets(
+    environ: MutableMapping[str, str] = os.environ, first: int = _FIRST_FD
+) -> dict[str, list[socket.socket]]:
+    """The listening sockets that systemd has handed over, by their names; none is usual, too.
+
+    Args:
+        environ: whose variables are taken out of it: what is run later has other descriptors.
+        first: the descriptor that numbering begins with.
+
+    Raises:
+        ConfigError: a socket unit says something else than relay needs.
+    """
+    pid = environ.pop("LISTEN_PID", "")
+    number = environ.pop("LISTEN_FDS", "")
+    names = environ.pop("LISTEN_FDNAMES", "").split(":")
+    environ.pop("LISTEN_PIDFDID", None)
+    sockets: dict[str, list[socket.socket]] = {HTTP: [], ADMIN: []}
+    if pid != str(os.getpid()) or not number.isdecimal():
+        return sockets
+    for index in range(int(number)):
+        os.set_inheritable(first + index, False)
+        name = names[index] if index < len(names) else ""
+        if name not in sockets:
+            raise ConfigError(
+                f"systemd's socket {name!r}: FileDescriptorName= must be http or admin"
+            )
+        sockets[name].append(_listening(first + index, name))
+    return sockets
+
+
+def _listening(descriptor: int, name: str) -> socket.socket:
+    families = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+    try:
+        inherited = socket.socket(fileno=descriptor)
+        # A connection (Accept=yes), a datagram socket and a FIFO are none of it.
+        if inherited.family in families and inherited.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            return inherited
+        inherited.close()
+    except OSError as exc:
+        raise ConfigError(f"systemd's socket {name!r}: cannot be used: {exc.strerror}") from exc
+    raise ConfigError(f"systemd's socket {name!r}: must be of ListenStream= and Accept=no")
+
+
+def adopt(sockets: Sequence[socket.socket]) -> list[trio.SocketListener]:
+    """Listen on sockets that are listening already."""
+    return [trio.SocketListener(trio.socket.from_stdlib_socket(each)) for each in sockets]
 
 
 async def open_listeners(addresses: Sequence[str]) -> list[trio.SocketListener]:
@@ -78,9 +136,13 @@ def _open_unix(path: str) -> trio.SocketListener:
     return trio.SocketListener(trio.socket.from_stdlib_socket(listener))
 
 
-def address_of(listener: trio.SocketListener) -> str:
+def address_of(listening: trio.SocketListener | socket.socket) -> str:
     """The address as it was given, with the port that the system chose."""
-    name = listener.socket.getsockname()
+    bound = listening.socket if isinstance(listening, trio.SocketListener) else listening
+    name = bound.getsockname()
+    if isinstance(name, bytes):
+        # An abstract one begins with a zero byte, for which an "@" stands (unix(7)).
+        name = os.fsdecode(name).replace("\0", "@")
     return f"unix:{name}" if isinstance(name, str) else _host_port(name)
 
 

@@ -10,11 +10,16 @@ import trio
 
 from relay.errors import ClientBusy, ShuttingDown, TooManyUploads
 from relay.model import Transfer
+from relay.server.idle import Idle
 
 READ_SIZE_MIN: Final = 64 * 1024
 READ_SIZE_MAX: Final = 1024 * 1024
 READ_BUDGET: Final = 32 * 1024 * 1024
 """Bytes that all uploads together may read at once, beyond READ_SIZE_MIN for each."""
+
+IDLE_GRACE: Final = 1.0
+"""Seconds in which a request may still begin after the daemon was told to stop: one that was on its
+way must not find its connection closed."""
 
 _BUDGET_SHARE: Final = 16
 """The part of what is left of the budget that the next upload gets: one in so many."""
@@ -59,10 +64,13 @@ class Uploads:
         self._limit = limit
         self._per_client = per_client
         self._records: set[UploadRecord] = set()
-        self._answering = 0
+        self._connections = 0
         self._changed = trio.lowlevel.ParkingLot()
         self._read_budget = READ_BUDGET
+        self._patience = trio.CancelScope()
+        self._is_over = False
         self.draining = False
+        self.idle = Idle()
         self.finished: Counter[str] = Counter()
         self.bytes_committed = 0
         self._bytes_of_ended = 0
@@ -86,11 +94,11 @@ class Uploads:
             peer: its address. An anonymous client is its host.
 
         Raises:
-            ShuttingDown: the daemon is stopping.
+            ShuttingDown: the daemon's time to end is over.
             TooManyUploads: the limit is reached.
             ClientBusy: the client's own limit is.
         """
-        if self.draining:
+        if self._is_over:
             raise ShuttingDown("the daemon is stopping")
         if len(self._records) >= self._limit:
             raise TooManyUploads(f"{self._limit} uploads are in progress")
@@ -128,29 +136,37 @@ class Uploads:
         self.bytes_committed += size
 
     @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Count a request, from its admission until its answer is sent, for the block's length."""
-        self._answering += 1
+    def connected(self) -> Iterator[None]:
+        """Count a connection, which may bring uploads, for the length of the block."""
+        self._connections += 1
         try:
             yield
         finally:
-            self._answering -= 1
+            self._connections -= 1
             self._changed.unpark_all()
 
     async def drain(self, timeout: float) -> None:
-        """Admit no more, wait ``timeout`` seconds for those in progress, then cancel them."""
+        """Wait until no upload is in progress and no connection can bring one; then admit no more.
+
+        Those that last longer than ``timeout`` seconds are cancelled.
+        """
         self.draining = True
-        with trio.move_on_after(timeout):
-            await self._wait_empty()
+        now = trio.current_time()
+        self.idle.end_at(now + IDLE_GRACE)
+        self._patience.deadline = min(self._patience.deadline, now + timeout)
+        with self._patience:
+            await self.wait_disconnected()
+        self._is_over = True
         for record in self._records:
             record.scope.cancel()
-        await self._wait_empty()
-
-    async def wait_answered(self) -> None:
-        """Wait until every request that came so far has its answer."""
-        while self._answering:
+        while self._records:
             await self._changed.park()
 
-    async def _wait_empty(self) -> None:
-        while self._records:
+    def hasten(self) -> None:
+        """Let ``drain`` wait no longer."""
+        self._patience.cancel()
+
+    async def wait_disconnected(self) -> None:
+        """Wait until every connection is gone; each goes once its answer is received."""
+        while self._records or self._connections:
             await self._changed.park()

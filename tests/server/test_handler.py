@@ -28,7 +28,7 @@ from relay.protocol.framing import crc32c
 from relay.server.connection import HttpConnection
 from relay.server.handler import UploadHandler
 from relay.server.identity import Peer
-from relay.server.uploads import Uploads
+from relay.server.uploads import IDLE_GRACE, Uploads
 from tests.memory_broker import (
     PEER,
     Answer,
@@ -772,6 +772,29 @@ async def test_a_drain_admits_nothing_new(server: Server) -> None:
         answer = await client.exchange(put(b"", "/upload/x"))
         check_problem(answer, 503, "shutting-down")
         assert answer.closes
+
+
+async def test_a_drain_serves_a_request_that_was_on_its_way_and_then_closes(
+    server: Server, autojump_clock: MockClock
+) -> None:
+    async with server.client() as busy, server.client() as new, server.client() as idle:
+        assert (await busy.exchange(put(b"a"))).status == 201
+        assert (await idle.exchange(put(b"a"))).status == 201
+        await new.send(b"PUT /upl")
+        await trio.testing.wait_all_tasks_blocked()
+        with server.uploads.connected():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(server.uploads.drain, 20.0)
+                await trio.sleep(IDLE_GRACE / 2)
+                answer = await busy.exchange(put(b"b"))
+                assert (answer.status, answer.closes) == (201, True)
+                assert await idle.ends()
+                assert trio.current_time() == IDLE_GRACE
+                await trio.sleep(5)
+                await new.send(put(b"c").removeprefix(b"PUT /upl"))
+                answer = await new.answer()
+                assert (answer.status, answer.closes) == (201, True)
+                nursery.cancel_scope.cancel()
 
 
 async def forever(_: object) -> None:

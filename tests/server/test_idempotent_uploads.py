@@ -193,8 +193,8 @@ async def _break(server: Server, client: MemoryClient) -> None:
 
 
 async def _drain(server: Server, client: MemoryClient) -> None:
-    await server.uploads.drain(0)
-    server.uploads.draining = False
+    for record in server.uploads:  # as a drain does at its end
+        record.scope.cancel()
     assert (await client.answer()).json()["code"] == "shutting-down"
 
 

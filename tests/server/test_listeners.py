@@ -1,23 +1,28 @@
 """Listening sockets: addresses, limits, and the one place where unexpected exceptions stop."""
 
 import logging
+import os
 import socket
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from relay.config import HttpConfig, RouteConfig
+from relay.config import ConfigError, HttpConfig, RouteConfig
 from relay.server.handler import UploadHandler
 from relay.server.identity import Peer
 from relay.server.listeners import (
+    ADMIN,
+    HTTP,
     LimitedListener,
     ListenError,
     Serve,
     address_of,
+    adopt,
+    inherited_sockets,
     open_listeners,
     serve,
 )
@@ -57,6 +62,83 @@ async def echoed(address: str) -> bytes:
     async with await connect(address) as stream:
         await stream.send_all(b"x")
         return bytes(await stream.receive_some())
+
+
+# --- sockets from systemd ----------------------------------------------------------------------
+
+
+def handed_over(*sockets: socket.socket, names: str, pid: int | None = None) -> dict[str, str]:
+    """Hand ``sockets`` over as systemd does, but for where numbering begins."""
+    for index, each in enumerate(sockets):
+        os.dup2(each.fileno(), FIRST + index)
+        each.close()
+    return {
+        "LISTEN_PID": str(os.getpid() if pid is None else pid),
+        "LISTEN_FDS": str(len(sockets)),
+        "LISTEN_FDNAMES": names,
+        "LISTEN_PIDFDID": "1",
+        "HOME": "/root",
+    }
+
+
+FIRST = 200
+"""A descriptor that nothing else has in this process, nor the next few."""
+
+
+async def test_sockets_from_systemd_are_listened_on_by_their_names(tmp_path: Path) -> None:
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind("\0relay-test-" + str(os.getpid()))
+    unix.listen()
+    tcp = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
+    environ = handed_over(tcp[0], unix, tcp[1], names="http:admin:http")
+    inherited = inherited_sockets(environ, FIRST)
+    assert environ == {"HOME": "/root"}
+    assert [address_of(each) for each in inherited[ADMIN]] == [f"unix:@relay-test-{os.getpid()}"]
+    assert not any(each.get_inheritable() for each in inherited[HTTP])
+    listeners = adopt(inherited[HTTP])
+    assert len(listeners) == 2
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: serve(listeners, echo, limit=10, nursery=nursery))
+        for listener in listeners:
+            assert (await echoed(address_of(listener))).startswith(b"127.0.0.1:")
+        nursery.cancel_scope.cancel()
+    inherited[ADMIN][0].close()
+
+
+@pytest.mark.parametrize("environ", [{}, {"LISTEN_PID": "1", "LISTEN_FDS": "1"}])
+def test_sockets_for_another_process_or_none_are_left_alone(environ: dict[str, str]) -> None:
+    assert inherited_sockets(environ) == {HTTP: [], ADMIN: []}
+    assert environ == {}
+
+
+@pytest.mark.parametrize(
+    ("names", "kind", "listens", "error"),
+    [
+        ("relay.socket", socket.SOCK_STREAM, True, "'relay.socket': FileDescriptorName="),
+        ("", socket.SOCK_STREAM, True, "'': FileDescriptorName="),
+        ("http", socket.SOCK_STREAM, False, "'http': must be of ListenStream= and Accept=no"),
+        ("admin", socket.SOCK_DGRAM, False, "'admin': must be of ListenStream="),
+    ],
+)
+def test_a_socket_that_is_not_as_it_must_be_is_a_configuration_error(
+    names: str, kind: socket.SocketKind, listens: bool, error: str
+) -> None:
+    with socket.socket(socket.AF_INET, kind) as made:
+        made.bind(("127.0.0.1", 0))
+        if listens:
+            made.listen()
+        environ = handed_over(made, names=names)
+    with pytest.raises(ConfigError, match=f"^systemd's socket {error}"):
+        inherited_sockets(environ, FIRST)
+    with suppress(OSError):
+        os.close(FIRST)
+
+
+def test_a_descriptor_that_is_no_socket_is_a_configuration_error() -> None:
+    os.dup2(os.open("/dev/null", os.O_RDONLY), FIRST)
+    environ = handed_over(names="http") | {"LISTEN_FDS": "1"}
+    with pytest.raises(ConfigError, match="cannot be used: Socket operation on non-socket"):
+        inherited_sockets(environ, FIRST)
 
 
 # --- addresses ---------------------------------------------------------------------------------

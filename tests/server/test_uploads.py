@@ -127,20 +127,33 @@ async def test_what_is_not_done_in_time_is_ended_and_waited_for(
     assert sum(ended) == (1 if timeout > 1 else 2)
 
 
-async def test_a_drain_refuses_what_comes_from_its_first_moment_on() -> None:
+async def test_a_drain_admits_what_is_connected_until_its_end(autojump_clock: MockClock) -> None:
     uploads = Uploads(9)
     async with trio.open_nursery() as nursery:
-        records: list[UploadRecord] = []
+        with uploads.connected():
+            nursery.start_soon(uploads.drain, 30)
+            await trio.sleep(29)
+            assert uploads.draining
+            with uploads.enter(a_transfer(), "a:1") as record, record.scope:
+                await trio.sleep(9)
+            assert trio.current_time() == 30
+            with pytest.raises(ShuttingDown):
+                uploads.check()
+            with pytest.raises(ShuttingDown), uploads.enter(a_transfer(), "a:1"):
+                raise AssertionError
+
+
+async def test_a_drain_that_is_hastened_ends_at_once(autojump_clock: MockClock) -> None:
+    uploads = Uploads(9)
+    records: list[UploadRecord] = []
+    async with trio.open_nursery() as nursery:
         nursery.start_soon(hold, uploads, 1e6, records)
         await wait_all_tasks_blocked()
         nursery.start_soon(uploads.drain, 30)
-        await wait_all_tasks_blocked()
-        assert uploads.draining
-        with pytest.raises(ShuttingDown):
-            uploads.check()
-        with pytest.raises(ShuttingDown), uploads.enter(a_transfer(), "a:1"):
-            raise AssertionError
-        records[0].scope.cancel()
+        await trio.sleep(2)
+        uploads.hasten()
+    assert trio.current_time() == 2
+    assert records[0].scope.cancelled_caught
 
 
 def test_results_are_counted() -> None:
@@ -152,18 +165,18 @@ def test_results_are_counted() -> None:
     assert uploads.bytes_committed == 15
 
 
-async def test_answers_are_waited_for_until_they_are_sent() -> None:
+async def test_connections_are_waited_for_until_they_are_gone() -> None:
     uploads = Uploads(1)
     answered = trio.Event()
 
     async def answer() -> None:
-        with uploads.answering():
+        with uploads.connected():
             await answered.wait()
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(answer)
         await wait_all_tasks_blocked()
-        nursery.start_soon(uploads.wait_answered)
+        nursery.start_soon(uploads.wait_disconnected)
         await wait_all_tasks_blocked()
         assert len(nursery.child_tasks) == 2
         answered.set()
