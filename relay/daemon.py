@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import trio
 from prometheus_client import Metric
@@ -44,6 +45,10 @@ not fill queues with probes, nor the log with what they find."""
 
 Inherited = Mapping[str, Sequence[socket.socket]]
 """Listening sockets by name, ``http`` and ``admin``."""
+
+START_PATIENCE = 2.0
+"""Seconds for which the first clients wait for the broker to be connected, in the kernel's backlog:
+those that waited for a restart must not be refused for coming too early."""
 
 GOODBYE = 2.0
 """Seconds for last responses, and again for the AMQP goodbye, once no upload is left."""
@@ -130,6 +135,8 @@ class Daemon:
         self, upload_listeners: list[trio.SocketListener], nursery: trio.Nursery
     ) -> None:
         with self._accepting:
+            with trio.move_on_after(START_PATIENCE):
+                await self._broker.wait_up()
             await listeners.serve(
                 upload_listeners,
                 self._serve_upload,
@@ -288,6 +295,8 @@ def _announce_access(
 
 def _raise_file_limit() -> None:
     """Every connection takes a file descriptor; the default soft limit (1024) is too low."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A sandbox may forbid even to ask; whoever made it has set the limit (LimitNOFILE=).
+    with suppress(PermissionError):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

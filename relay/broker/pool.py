@@ -55,6 +55,17 @@ class Pool:
             for publisher in self.publishers:
                 nursery.start_soon(publisher.run)
 
+    async def wait_up(self) -> None:
+        """Return once one of the connections takes uploads."""
+        async with trio.open_nursery() as nursery:
+
+            async def wait(publisher: Publisher) -> None:
+                await publisher.wait_up()
+                nursery.cancel_scope.cancel()
+
+            for publisher in self.publishers:
+                nursery.start_soon(wait, publisher)
+
     async def close(self) -> None:
         """Say goodbye on every connection. Call it before cancelling ``run``."""
         async with trio.open_nursery() as nursery:

@@ -201,6 +201,10 @@ class Publisher:
         if self._nursery is not None:
             self._nursery.start_soon(function)
 
+    async def wait_up(self) -> None:
+        """Return once there is a connection."""
+        await self._wait_session()
+
     async def _wait_session(self) -> Session:
         while self._session is None or not self._session.is_open:
             await self._changed.park()
