@@ -47,7 +47,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     logs.configure(config.log)
     try:
         with naming(arguments.config):
-            daemon.run(config, inherited)
+            daemon.run(config, inherited, read)
     except ListenError as exc:
         print(f"relay: {exc}", file=sys.stderr)
         return 1

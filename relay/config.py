@@ -499,6 +499,33 @@ def _check_together(config: Config) -> None:
             raise ConfigError(f"routes.{name}.routing_key: must be at most {SHORT_TEXT_MAX} bytes")
 
 
+_FIXED: Final = (
+    ("http", "listen"),
+    ("http", "max_connections"),
+    ("amqp", "connections"),
+    ("amqp", "window"),
+    ("admin", "listen"),
+)
+"""What a running daemon cannot change: its sockets, and what its memory is divided into."""
+
+
+def keep_fixed(running: Config, read: Config) -> tuple[Config, list[str]]:
+    """``read`` as far as it can take effect without a restart, and the keys that cannot.
+
+    Raises:
+        ConfigError: it does not go with what cannot change.
+    """
+    kept = []
+    for section, key in _FIXED:
+        value = getattr(getattr(running, section), key)
+        if getattr(getattr(read, section), key) != value:
+            kept.append(f"{section}.{key}")
+            changed = replace(getattr(read, section), **{key: value})
+            read = replace(read, **{section: changed})
+    _check_together(read)
+    return read, kept
+
+
 def authenticates(config: Config) -> bool:
     """Whether TCP clients can show who they are."""
     return bool(config.auth.tokens_file or config.http.tls.client_ca_file)

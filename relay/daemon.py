@@ -3,7 +3,8 @@
 Starting: listeners first, so that a wrong address is an error at once; the broker may come later.
 Stopping (SIGTERM, SIGINT): accept nothing new, let uploads in progress finish within
 ``drain_timeout``, tell the rest that they failed, say goodbye to the broker. A second signal ends
-the waiting, a third one everything. SIGHUP has tokens and certificates read again.
+the waiting, a third one everything.
+Reloading (SIGHUP): what can be had without touching an upload in progress is; what cannot is said.
 """
 
 import logging
@@ -12,19 +13,19 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import trio
 from prometheus_client import Metric
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
-from relay import __version__, allocator
+from relay import __version__, allocator, logs
 from relay.broker.pool import Pool
 from relay.broker.publisher import Refusals
 from relay.broker.routes import Severity, verify_routes
 from relay.broker.session import Session
-from relay.config import Config, ConfigError, authenticates, exposed
+from relay.config import Config, ConfigError, HttpConfig, authenticates, exposed, keep_fixed
 from relay.errors import BrokerError
 from relay.logs import fields
 from relay.server import listeners, tokens
@@ -33,6 +34,7 @@ from relay.server.handler import UploadHandler
 from relay.server.identity import Access, Peer
 from relay.server.pages import CONNECTIONS_MAX
 from relay.server.tls import TlsServer
+from relay.server.tokens import Tokens
 from relay.server.uploads import Uploads
 from relay.systemd import Notifier, Rate
 from relay.transfer import new_transfer_id
@@ -54,10 +56,13 @@ GOODBYE = 2.0
 """Seconds for last responses, and again for the AMQP goodbye, once no upload is left."""
 
 
-def run(config: Config, inherited: Inherited | None = None) -> None:
+def run(config: Config, inherited: Inherited, read: Callable[[], Config]) -> None:
     """Run the daemon until it is told to stop.
 
-    ``inherited`` sockets, by name, take the place of the addresses in ``config``.
+    Args:
+        config: as it is now.
+        inherited: sockets, by name, in the place of the addresses in ``config``.
+        read: reads the configuration again.
 
     Raises:
         ListenError: an address cannot be listened on.
@@ -65,27 +70,34 @@ def run(config: Config, inherited: Inherited | None = None) -> None:
     """
     allocator.tune()
     _raise_file_limit()
-    trio.run(Daemon(config, inherited).run)
+    trio.run(Daemon(config, inherited, read).run)
 
 
 class Daemon:
     """All of relay that runs."""
 
-    def __init__(self, config: Config, inherited: Inherited | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        inherited: Inherited | None = None,
+        read: Callable[[], Config] | None = None,
+    ) -> None:
+        """Prepare to run; the arguments are those of ``run``."""
         self._config = config
         self._inherited = inherited or {}
+        self._read = read or (lambda: config)
         self._accepting = trio.CancelScope()
         self._uploads = Uploads(
             config.http.max_uploads, per_client=config.http.max_uploads_per_client
         )
         self._broker = Pool(config.amqp, config.routes, verify=self.verify)
         self._verify_at = -math.inf
-        self._access = _access(config)
+        self._access = Access(tokens=_tokens(config), anonymous=_anonymous(config))
         self._handler = UploadHandler(
             config.http, config.routes, self._broker, self._uploads, self._access
         )
-        has_tls = bool(config.http.tls.certificate_file)
-        self._tls = TlsServer(config.http, self._handler.serve) if has_tls else None
+        self._tls = self._tls_server(config.http)
+        self._complaint = ""
         self._admin = AdminHandler(config.http, self._uploads, self._broker.refusal, self._metrics)
         self._systemd = Notifier()
         self._rate = Rate()
@@ -127,7 +139,7 @@ class Daemon:
             return listeners.adopt(inherited)
         return await listeners.open_listeners(addresses)
 
-    async def _serve_upload(self, stream: trio.SocketStream, peer: Peer) -> None:
+    async def _serve_connection(self, stream: trio.SocketStream, peer: Peer) -> None:
         with self._uploads.connected():
             await (self._tls or self._handler).serve(stream, peer)
 
@@ -139,7 +151,7 @@ class Daemon:
                 await self._broker.wait_up()
             await listeners.serve(
                 upload_listeners,
-                self._serve_upload,
+                self._serve_connection,
                 limit=self._config.http.max_connections,
                 nursery=nursery,
             )
@@ -159,7 +171,7 @@ class Daemon:
         refusal = self._broker.refusal()
         rate = self._rate.per_second(self._uploads.bytes_received, trio.current_time()) / 2**20
         return (
-            f"{'draining: ' if self._uploads.draining else ''}"
+            f"{self._complaint}{'draining: ' if self._uploads.draining else ''}"
             f"{len(self._uploads)} uploads, {rate:.1f} MiB/s; "
             f"{'broker ready' if refusal is None else refusal.detail}"
         )
@@ -167,25 +179,46 @@ class Daemon:
     async def _reload_on(self, hangups: AsyncIterator[int]) -> None:
         async for _ in hangups:
             self._systemd.reloading()
+            self._complaint = ""
             try:
-                await trio.to_thread.run_sync(self.reload)
-            except ConfigError as exc:
-                log.warning("not reloaded: %s", exc)
+                kept = await self.reload()
+            except (ConfigError, BrokerError) as exc:
+                log.error("not reloaded, nothing has changed: %s", exc)
+                self._complaint = f"not reloaded: {exc}; "
             else:
-                log.info("reloaded tokens and certificates")
+                log.info("reloaded configuration, tokens and certificates")
+                if kept:
+                    log.warning("this needs a restart: %s", ", ".join(kept))
+                logs.configure(self._config.log)
             self._systemd.reloaded()
 
-    def reload(self) -> None:
-        """Read tokens and certificates again; certificates count for new connections.
+    async def reload(self) -> list[str]:
+        """Read the configuration again, and the files it names. Returns keys that need a restart.
+
+        What is in progress goes on as it began. Tokens count for the next request, routes and
+        limits for the next upload, all else for the next connection.
 
         Raises:
-            ConfigError: a file cannot be used. Nothing has changed.
+            ConfigError, BrokerError: it cannot be used. Nothing has changed.
         """
-        path = self._config.auth.tokens_file
-        valid = tokens.load(path) if path else None
-        if self._tls is not None:
-            self._tls.reload()
-        self._access.tokens = valid
+        running = self._config
+        config, kept, valid, tls = await trio.to_thread.run_sync(self._read_again)
+        if (config.amqp, config.routes) != (running.amqp, running.routes):
+            await self._broker.renew(config.amqp, config.routes)
+        self._config, self._tls = config, tls
+        self._access.configure(tokens=valid, anonymous=_anonymous(config))
+        self._handler.configure(config.http, config.routes)
+        self._uploads.configure(
+            config.http.max_uploads, per_client=config.http.max_uploads_per_client
+        )
+        return kept
+
+    def _read_again(self) -> tuple[Config, list[str], Tokens | None, TlsServer | None]:
+        config, kept = keep_fixed(self._config, self._read())
+        return config, kept, _tokens(config), self._tls_server(config.http)
+
+    def _tls_server(self, http: HttpConfig) -> TlsServer | None:
+        return TlsServer(http, self._handler.serve) if http.tls.certificate_file else None
 
     async def verify(self, session: Session, refusals: Refusals) -> None:
         """Log what is wrong with the routes; meanwhile uploads go on, and may well work."""
@@ -273,12 +306,13 @@ def _announce(
         log.info("listening for admin", extra=fields(address=listeners.address_of(listener)))
 
 
-def _access(config: Config) -> Access:
+def _tokens(config: Config) -> Tokens | None:
     path = config.auth.tokens_file
-    return Access(
-        tokens=tokens.load(path) if path else None,
-        anonymous=config.http.anonymous or not authenticates(config),
-    )
+    return tokens.load(path) if path else None
+
+
+def _anonymous(config: Config) -> bool:
+    return config.http.anonymous or not authenticates(config)
 
 
 def _announce_access(

@@ -3,7 +3,7 @@
 import re
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from relay.config import (
     RouteConfig,
     TlsConfig,
     from_document,
+    keep_fixed,
     load,
     parse_address,
     parse_amqp_url,
@@ -832,3 +833,38 @@ def test_a_stream_has_no_arguments_by_default() -> None:
     queue = given.routes["r"].queue
     assert queue is not None
     assert queue.arguments == {}
+
+
+# --- what a running daemon takes over -------------------------------------------------------------
+
+
+def test_what_needs_a_restart_stays_and_is_named() -> None:
+    running = from_document({})
+    read = from_document(
+        {
+            "http": {"listen": ["127.0.0.1:1"], "max_connections": 9, "max_uploads": 9},
+            "amqp": {"connections": 2, "window": "128 MiB", "heartbeat": 9},
+            "admin": {"listen": ""},
+            "log": {"level": "debug"},
+        }
+    )
+    config, kept = keep_fixed(running, read)
+    assert kept == [
+        *("http.listen", "http.max_connections"),
+        *("amqp.connections", "amqp.window", "admin.listen"),
+    ]
+    assert config.http == replace(running.http, max_uploads=9)
+    assert config.amqp == replace(running.amqp, heartbeat=9.0)
+    assert config.admin == running.admin
+    assert config.log.level == "debug"
+
+
+def test_what_does_not_go_with_what_stays_is_refused() -> None:
+    running = from_document({"http": {"listen": ["0.0.0.0:1"], "anonymous": True}})
+    with pytest.raises(ConfigError, match=r"0\.0\.0\.0:1 is not loopback and uploads are not"):
+        keep_fixed(running, from_document({}))
+    with pytest.raises(ConfigError, match=r"upload_window: must not be above"):
+        keep_fixed(
+            from_document({"amqp": {"window": "8 MiB"}}),
+            from_document({"amqp": {"upload_window": "9 MiB"}}),
+        )

@@ -7,8 +7,8 @@
 import logging
 import math
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from typing import Final
 
 import trio
@@ -57,17 +57,19 @@ class Publisher:
         *,
         connect: Connect = trio.open_tcp_stream,
         verify: Verify = log_refusals,
+        window: Window | None = None,
     ) -> None:
         """Publish for ``routes``, whose queues it declares on each connection it makes.
 
         ``verify`` is run on each connection, beside the uploads, and cancelled when it ends.
+        ``window`` may be one that is in use already.
         ``on_down`` may be set to be told of each connection that is lost or did not come about.
 
         Raises:
             ConfigError: a URL or a TLS file cannot be used.
         """
         self.config = config
-        self.window = Window(config.window)
+        self.window = window or Window(config.window)
         self.connects = 0
         self._routes = routes
         self._connector = Connector(config, name="relay", connect=connect)
@@ -79,6 +81,7 @@ class Publisher:
         self._told: dict[tuple[str, int, str], str] = {}
         self._changed = trio.lowlevel.ParkingLot()
         self._publications: set[Publication] = set()
+        self._users = 0
         self._nursery: trio.Nursery | None = None
         self._is_closing = False
         self._patient_until = -math.inf
@@ -154,6 +157,23 @@ class Publisher:
         Raises:
             BrokerError: there is no channel to be had.
         """
+        with self._used():
+            async with self._open(transfer, route) as publication:
+                yield publication
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self._changed.unpark_all()
+
+    @asynccontextmanager
+    async def _open(
+        self, transfer: Transfer, route: RouteConfig
+    ) -> AsyncGenerator[Publication, None]:
         await self._wait_admitted()
         publication = Publication(self, transfer, route)
         with trio.move_on_after(CHANNEL_TIMEOUT) as scope:
@@ -204,6 +224,11 @@ class Publisher:
     async def wait_up(self) -> None:
         """Return once there is a connection."""
         await self._wait_session()
+
+    async def wait_unused(self) -> None:
+        """Return once no upload publishes through it, nor waits to."""
+        while self._users:
+            await self._changed.park()
 
     async def _wait_session(self) -> Session:
         while self._session is None or not self._session.is_open:

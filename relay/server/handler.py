@@ -74,12 +74,16 @@ class UploadHandler:
         access: Access | None = None,
     ) -> None:
         """Without ``access``, anybody may upload."""
-        self._config = config
-        self._routes = routes
+        self.configure(config, routes)
         self._broker = broker
         self._uploads = uploads
         self._access = access or Access()
         self.keys = KeyMemory()
+
+    def configure(self, config: HttpConfig, routes: Mapping[str, RouteConfig]) -> None:
+        """Have it serve so from now on: ``config`` new connections, ``routes`` new uploads."""
+        self._config = config
+        self._routes = routes
 
     async def serve(self, stream: trio.abc.HalfCloseableStream, peer: Peer) -> None:
         """Answer requests until the connection ends.

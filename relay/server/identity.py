@@ -37,11 +37,15 @@ class Access:
     """Who may upload.
 
     Attributes:
-        tokens: those that are valid; None if no request needs to have one. May be replaced.
+        tokens: those that are valid; None if no request needs to have one.
     """
 
     def __init__(self, *, tokens: Tokens | None = None, anonymous: bool = True) -> None:
         """``anonymous``: those who are nobody may upload, too, where a route takes everybody."""
+        self.configure(tokens=tokens, anonymous=anonymous)
+
+    def configure(self, *, tokens: Tokens | None, anonymous: bool) -> None:
+        """Have others in, or out, from now on."""
         self.tokens = tokens
         self._anonymous = anonymous
 

@@ -47,14 +47,6 @@ class TlsServer:
         self._serve = serve
         self._context = _context(config)
 
-    def reload(self) -> None:
-        """Read the files again; they count for new connections.
-
-        Raises:
-            ConfigError: a file cannot be used; nothing has changed.
-        """
-        self._context = _context(self._config)
-
     async def serve(self, stream: trio.SocketStream, peer: Peer) -> None:
         """Serve one connection to its end."""
         if stream.socket.family == socket.AF_UNIX:

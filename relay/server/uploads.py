@@ -61,8 +61,7 @@ class Uploads:
 
     def __init__(self, limit: int, *, per_client: int = 0) -> None:
         """At most ``limit`` at once, and ``per_client`` of one client; 0: no such limit."""
-        self._limit = limit
-        self._per_client = per_client
+        self.configure(limit, per_client=per_client)
         self._records: set[UploadRecord] = set()
         self._connections = 0
         self._changed = trio.lowlevel.ParkingLot()
@@ -74,6 +73,11 @@ class Uploads:
         self.finished: Counter[str] = Counter()
         self.bytes_committed = 0
         self._bytes_of_ended = 0
+
+    def configure(self, limit: int, *, per_client: int) -> None:
+        """Have other limits for those that come from now on."""
+        self._limit = limit
+        self._per_client = per_client
 
     def __len__(self) -> int:
         return len(self._records)

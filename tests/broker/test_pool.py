@@ -3,10 +3,11 @@
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from relay.broker.pool import Pool
+from relay.broker.pool import RENEW_PATIENCE, Pool
 from relay.broker.publisher import RECONNECT_PATIENCE
 from relay.config import AmqpConfig
 from relay.errors import BrokerUnavailable
@@ -106,3 +107,78 @@ async def test_goodbye_is_said_on_each_connection(autojump_clock: MockClock) -> 
         for broker in brokers:
             await broker.accept_goodbye()
             await broker.wait_gone()
+
+
+# --- another configuration ------------------------------------------------------------------------
+
+
+async def test_uploads_in_progress_keep_their_connection_when_the_configuration_is_another(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, 1) as (pool, (old,), nursery):
+        before = attempt(pool, nursery, 2)
+        messages = await old.published(2 - 1)
+        renewed = AmqpConfig(urls=("amqp://other",), heartbeat=0.0)
+        nursery.start_soon(pool.renew, renewed, {ROUTE.name: ROUTE})
+        fresh = await network.accept_ready()
+        await wait_all_tasks_blocked()
+        assert fresh.address[0] == "other"
+        after = attempt(pool, nursery, 1)
+        await fresh.confirm(*await fresh.published())
+        assert await after.outcome() is None
+        # What both have out counts against one window.
+        assert pool.publishers[0].window.taken > 0
+        await old.confirm(*messages)
+        await old.confirm(*await old.published())
+        assert await before.outcome() is None
+        await old.accept_goodbye()
+        await old.wait_gone()
+        assert pool.publishers[0].window.taken == 0
+        assert pool.refusal() is None
+
+
+async def test_a_configuration_with_which_no_broker_is_found_changes_nothing(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, 1) as (pool, (old,), nursery):
+        network.is_down = True
+        with pytest.raises(BrokerUnavailable):
+            await pool.renew(AmqpConfig(urls=("amqp://wrong",), heartbeat=0.0), {})
+        assert trio.current_time() == RENEW_PATIENCE
+        attempt(pool, nursery, 1)
+        await old.confirm(*await old.published())
+        # And nobody goes on trying.
+        network.is_down = False
+        await trio.sleep(60)
+        assert [publisher.connects for publisher in pool.publishers] == [1]
+
+
+async def test_a_broker_that_is_away_does_not_keep_another_configuration_out(
+    autojump_clock: MockClock,
+) -> None:
+    network = Network()
+    async with running(network, 1) as (pool, (old,), _):
+        network.is_down = True
+        await old.cut()
+        await trio.sleep(RECONNECT_PATIENCE + 1)
+        await pool.renew(AmqpConfig(urls=("amqp://other",), heartbeat=0.0), {})
+        network.is_down = False
+        fresh = await network.accept_ready()
+        assert fresh.address[0] == "other"
+
+
+async def test_a_pool_is_up_with_its_first_connection(autojump_clock: MockClock) -> None:
+    network = Network()
+    pool = Pool(AmqpConfig(urls=URLS, connections=3, heartbeat=0.0), {}, connect=network.connect)
+    with patience():
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pool.run)
+            await wait_all_tasks_blocked()
+            with trio.move_on_after(0.1) as scope:
+                await pool.wait_up()
+            assert scope.cancelled_caught
+            await network.accept_ready()
+            await pool.wait_up()
+            nursery.cancel_scope.cancel()

@@ -137,16 +137,16 @@ def test_tokens_from_the_first_to_the_last(rabbitmq: RabbitMQNode, tmp_path: Pat
         # A new token for alice, while the old one is still valid; then without the old one.
         new = make_token("alice", tokens)
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_for_log(daemon, "reloaded tokens and certificates")
+        wait_for_log(daemon, "reloaded configuration, tokens and certificates")
         assert [curl(url, *bearer(token)).status for token in (alice, new)] == [201, 201]
         tokens.write_text("".join(tokens.read_text().splitlines(keepends=True)[1:]))
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_for_log(daemon, "reloaded tokens and certificates", times=2)
+        wait_for_log(daemon, "reloaded configuration, tokens and certificates", times=2)
         assert [curl(url, *bearer(token)).status for token in (alice, new)] == [401, 201]
         # A file that cannot be used changes nothing.
         tokens.write_text("alice: not-a-hash\n")
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_for_log(daemon, "not reloaded: auth.tokens_file")
+        wait_for_log(daemon, "not reloaded, nothing has changed: auth.tokens_file")
         assert curl(url, *bearer(new)).status == 201
         log = "\n".join(daemon.log)
     assert 'msg="who may upload: bearers of a token (2 clients)"' in log
@@ -221,7 +221,7 @@ def test_uploads_over_tls_and_what_is_not_tls(
         ca = trustme.CA()
         save(ca.issue_cert("127.0.0.1"), tmp_path, "server")
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_for_log(daemon, "reloaded tokens and certificates")
+        wait_for_log(daemon, "reloaded configuration, tokens and certificates")
         assert curl(https(daemon), *site.flags()).exit_code == 60
         save_ca(ca, tmp_path)
         assert curl(https(daemon), *site.flags()).status == 201

@@ -213,29 +213,6 @@ async def test_with_tls_1_3_the_alert_is_seen_by_a_client_that_sends_at_once(
 # --- files --------------------------------------------------------------------------------------
 
 
-async def test_renewed_files_count_for_new_connections(tmp_path: Path) -> None:
-    site = Site(tmp_path)
-    async with site.serving(), await site.connect() as stream:
-        old = trio.SSLStream(stream, site.context(), server_hostname=HOST)
-        await old.do_handshake()
-        ca = trustme.CA()
-        save(ca.issue_cert(HOST), tmp_path, "server")
-        save_ca(ca, tmp_path)
-        site.server.reload()
-        assert await site.echoed(site.context()) == b"None x"
-        await old.send_all(b"x")
-        assert await old.receive_some() == b"None x"
-
-
-async def test_files_that_cannot_be_used_change_nothing(tmp_path: Path) -> None:
-    site = Site(tmp_path)
-    site.pair.certificate.write_text("not yet\n")
-    with pytest.raises(ConfigError, match=r"^http\.tls\.certificate_file: .* no certificate"):
-        site.server.reload()
-    async with site.serving():
-        assert await site.echoed(site.context()) == b"None x"
-
-
 @pytest.mark.parametrize(
     ("key", "content", "reason"),
     [
