@@ -21,7 +21,7 @@ from typing import Self
 BOOT_TIMEOUT = 60.0
 """Seconds for the machine to boot (it takes 1), and to power off."""
 
-PAUSE = 0.05
+PAUSE = 0.1
 """Seconds between two looks at what is waited for."""
 
 _CLONE_NEWNET = 0x40000000

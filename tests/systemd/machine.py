@@ -9,12 +9,15 @@ from typing import Any
 from tests.systemd.lab import Lab
 
 QUEUE = "lab"
-CONFIG = f"""
-[http]
-drain_timeout = "20 s"
+ROUTE = """
 [routes.default]
 exchange = "amq.fanout"
 mandatory = false
+"""
+CONFIG = f"""
+[http]
+drain_timeout = "20 s"
+{ROUTE}
 [routes.kept]
 routing_key = "{QUEUE}"
 [routes.kept.queue]
@@ -103,9 +106,15 @@ class Machine:
         """What a unit logged since the last ``reset``, and systemd about it."""
         return self.lab.log(unit)
 
-    def change(self, path: str, text: str) -> None:
+    def wait_until_in_progress(self) -> None:
+        """Wait until an upload is in progress."""
+        self.lab.wait_until(
+            lambda: bool(self.page("/transfers")["transfers"]), "an upload is in progress", "relay"
+        )
+
+    def change(self, path: str, text: str, mode: int = 0o644) -> None:
         """Write a file of the configuration, until ``reset``."""
-        self.lab.write(path, text)
+        self.lab.write(path, text, mode)
         self._changed.add(path)
         if path.startswith("/etc/systemd"):
             self.run("systemctl", "daemon-reload")

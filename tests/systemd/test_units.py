@@ -1,17 +1,22 @@
 """relay's units on a real systemd: what they promise to whoever deploys them."""
 
 import re
+import shutil
+import subprocess
 import threading
 from http.client import HTTPException
 from pathlib import Path
 
 import pytest
+import trustme
 
+from relay.server.tokens import line_of
 from tests.systemd.lab import Lab
-from tests.systemd.machine import CONFIG, Machine
+from tests.systemd.machine import CONFIG, ROUTE, Machine
 
 SYSTEMD = Path(__file__).parent.parent.parent / "systemd"
 MIB = 2**20
+INSTALLED = "/usr/local/lib/systemd/system/relay.service"
 
 
 # --- what systemd itself says of them ------------------------------------------------------------
@@ -160,6 +165,26 @@ def test_a_restart_under_load_loses_nobody(machine: Machine) -> None:
     assert machine.show("NRestarts") == "0"
 
 
+def test_a_reload_touches_no_upload_in_progress(machine: Machine) -> None:
+    pid = machine.show("MainPID")
+    client = machine.client()
+    client.begin(2 * MIB)
+    client.send(bytes(MIB))
+    machine.wait_until_in_progress()
+    for text, status in (("max_upload = 1", "not reloaded: "), ("max_uploads = 9", "1 uploads")):
+        machine.change("/etc/relay/relay.toml", CONFIG.replace("[http]", f"[http]\n{text}"))
+        machine.run("systemctl", "reload", "relay")
+        machine.lab.wait_until(
+            lambda: machine.show("StatusText").startswith(status),  # noqa: B023
+            f"the status is {status}",
+            "relay",
+        )
+        assert machine.show("ActiveState") == "active"
+    client.send(bytes(MIB))
+    assert client.getresponse().status == 201
+    assert machine.show("MainPID") == pid
+
+
 def test_what_is_not_done_when_the_drain_is_over_is_told_and_the_end_is_orderly(
     machine: Machine,
 ) -> None:
@@ -168,9 +193,7 @@ def test_what_is_not_done_when_the_drain_is_over_is_told_and_the_end_is_orderly(
     client = machine.client()
     client.begin(2 * MIB)
     client.send(bytes(MIB))
-    machine.lab.wait_until(
-        lambda: bool(machine.page("/transfers")["transfers"]), "it is in progress"
-    )
+    machine.wait_until_in_progress()
     machine.run("systemctl", "stop", "--no-block", "relay.service")
     response = client.getresponse()
     assert response.status == 503
@@ -186,9 +209,7 @@ def test_a_second_signal_hastens_the_end(machine: Machine) -> None:
     client = machine.client()
     client.begin(2 * MIB)
     client.send(bytes(MIB))
-    machine.lab.wait_until(
-        lambda: bool(machine.page("/transfers")["transfers"]), "it is in progress"
-    )
+    machine.wait_until_in_progress()
     machine.run("systemctl", "stop", "--no-block", "relay.service")
     machine.wait_for("SubState", "stop-sigterm")
     machine.lab.wait_until(lambda: "stopping" in machine.log(), "it drains")
@@ -223,6 +244,36 @@ def test_clients_do_not_make_it_try_a_wrong_configuration_for_ever(machine: Mach
     machine.run("systemctl", "reset-failed")
     machine.run("systemctl", "restart", "relay.socket", "relay")
     assert machine.upload() == 201
+
+
+def test_certificate_and_tokens_come_from_credentials(machine: Machine) -> None:
+    ca = trustme.CA()
+    identity = ca.issue_cert("localhost")
+    files = {
+        "tls-certificate.pem": b"".join(blob.bytes() for blob in identity.cert_chain_pems),
+        "tls-key.pem": identity.private_key_pem.bytes(),
+        "tokens": line_of("alice", "relay_secret").encode() + b"\n",
+        "amqp-password": b"guest\n",
+    }
+    for name, content in files.items():
+        machine.change(f"/etc/relay/{name}", content.decode(), mode=0o600)
+    machine.change("/etc/relay/ca.pem", ca.cert_pem.bytes().decode())
+    # The lines that the example has for it, without their comment signs.
+    example = (SYSTEMD / "relay.toml").read_text()
+    secrets = re.sub(
+        r"^# ((?:password|certificate|key|tokens)_file|\[)", r"\1", example, flags=re.M
+    )
+    machine.change("/etc/relay/relay.toml", secrets.replace("[amqp]", ROUTE + "[amqp]", 1))
+    machine.change(
+        "/etc/systemd/system/relay.service.d/secrets.conf",
+        (SYSTEMD / "drop-ins/secrets.conf").read_text(),
+    )
+    machine.run("systemctl", "restart", "relay")
+    curl = ["curl", "-sS", "--cacert", "/etc/relay/ca.pem", "-T", "/etc/hostname"]
+    url = "https://localhost:8480/upload/"
+    assert '"unauthorized"' in machine.run(*curl, url).stdout
+    answer = machine.run(*curl, "-H", "Authorization: Bearer relay_secret", url).stdout
+    assert answer.startswith('{"transfer": ')
 
 
 def test_a_credential_that_is_missing_is_named_and_not_tried_again(machine: Machine) -> None:
@@ -314,3 +365,30 @@ def test_the_receiver_has_its_files_where_the_unit_says(machine: Machine) -> Non
     finally:
         machine.run("systemctl", "stop", "relay-receive@lab")
     assert machine.show("Result", "relay-receive@lab") == "success"
+
+
+# --- versions ------------------------------------------------------------------------------------
+
+
+def test_an_older_version_is_one_command_away(installed: Lab) -> None:
+    version = installed.run("/opt/relay/current/bin/relay", "--version").stdout.split()[1]
+    older = installed.path("/opt/relay/0.0.1")
+    shutil.copytree(installed.path(f"/opt/relay/{version}"), older, symlinks=True)
+    unit = older / "systemd/relay.service"
+    unit.write_text(unit.read_text() + "# older\n")
+    installed.run("/opt/relay/0.0.1/use")
+    assert installed.run("readlink", "/opt/relay/current").stdout == "0.0.1\n"
+    assert installed.path(INSTALLED).read_text().endswith("# older\n")
+    installed.run(f"/opt/relay/{version}/use")
+    assert installed.run("readlink", "/opt/relay/current").stdout == f"{version}\n"
+    assert not installed.path(INSTALLED).read_text().endswith("# older\n")
+    shutil.rmtree(older)
+
+
+def test_the_package_is_the_same_for_the_same_files(package: Path, tmp_path: Path) -> None:
+    listed = subprocess.run(["tar", "-tvzf", package], capture_output=True, text=True, check=True)
+    lines = listed.stdout.splitlines()
+    assert {line.split()[1] for line in lines} == {"root/root"}
+    assert {line.split()[3] for line in lines} == {"1970-01-01"}
+    names = [line.split()[5].partition("/")[2] for line in lines]
+    assert {"install", "use", "relay.service", "drop-ins/secrets.conf"} <= set(names)
