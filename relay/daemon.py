@@ -190,7 +190,7 @@ class Daemon:
                 if kept:
                     log.warning("this needs a restart: %s", ", ".join(kept))
                 logs.configure(self._config.log)
-            self._systemd.reloaded()
+            self._systemd.reloaded(self._status())
 
     async def reload(self) -> list[str]:
         """Read the configuration again, and the files it names. Returns keys that need a restart.

@@ -72,9 +72,7 @@ class Notifier:
         if not self._stopping:
             self._send("READY=1")
         while True:
-            # A line feed would begin another assignment.
-            line = status().replace("\n", " ")
-            self._send(f"STATUS={line}", *["WATCHDOG=1"] * self._watched)
+            self._send(_status(status()), *["WATCHDOG=1"] * self._watched)
             await trio.sleep(self.interval)
 
     def stopping(self, seconds: float) -> None:
@@ -86,9 +84,9 @@ class Notifier:
         """The configuration is being read again; ``reloaded`` must follow."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
-    def reloaded(self) -> None:
-        """The configuration has been read again, or the old one stays."""
-        self._send("READY=1")
+    def reloaded(self, status: str) -> None:
+        """The configuration has been read again, or the old one stays, as the status says."""
+        self._send("READY=1", _status(status))
 
     def _send(self, *assignments: str) -> None:
         if not self._address:
@@ -100,3 +98,8 @@ class Notifier:
             except OSError:
                 # As sd_notify(3) recommends: what is not heard is not worth ending for.
                 return
+
+
+def _status(line: str) -> str:
+    # A line feed would begin another assignment.
+    return "STATUS=" + line.replace("\n", " ")

@@ -68,9 +68,7 @@ def _collect(wheels: Path) -> None:
     kept.mkdir(exist_ok=True)
     download = ["download", "--require-hashes", "--no-deps", "--only-binary", ":all:"]
     download += ["--find-links", str(kept), "--requirement", str(listed)]
-    try:
-        _pip(*download, "--no-index", "--dest", str(wheels))
-    except subprocess.CalledProcessError:
+    if not _pip(*download, "--no-index", "--dest", str(wheels), check=False):
         _pip(*download, "--dest", str(kept))
         _pip(*download, "--no-index", "--dest", str(wheels))
 
@@ -108,9 +106,16 @@ def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def _pip(*arguments: object) -> None:
+def _pip(*arguments: object, check: bool = True) -> bool:
+    """Run pip; returns whether it succeeded. Without ``check``, failing is silent."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    subprocess.run([*command, *map(str, arguments)], check=True, stdout=sys.stderr)
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        check=check,
+        stdout=subprocess.DEVNULL,
+        stderr=None if check else subprocess.DEVNULL,
+    )
+    return not done.returncode
 
 
 if __name__ == "__main__":

@@ -102,9 +102,9 @@ def test_reloading_says_when_it_began(manager: Manager) -> None:
     notifier = Notifier(manager.environ)
     before = time.monotonic_ns() // 1000
     notifier.reloading()
-    notifier.reloaded()
+    notifier.reloaded("up")
     ((reloading, began), ready) = manager.heard()
-    assert (reloading, ready) == ("RELOADING=1", ["READY=1"])
+    assert (reloading, ready) == ("RELOADING=1", ["READY=1", "STATUS=up"])
     assert before <= int(began.removeprefix("MONOTONIC_USEC=")) <= time.monotonic_ns() // 1000
 
 

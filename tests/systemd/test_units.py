@@ -233,6 +233,18 @@ def test_a_configuration_that_is_wrong_is_named_and_not_tried_again(machine: Mac
     assert "relay: /etc/relay/relay.toml: http.max_upload: unknown key" in machine.log()
 
 
+def test_a_socket_open_to_the_world_needs_authentication(machine: Machine) -> None:
+    machine.run("systemctl", "stop", "relay.socket", "relay.service")
+    machine.change(
+        "/etc/systemd/system/relay.socket.d/network.conf",
+        (SYSTEMD / "drop-ins/network.conf").read_text(),
+    )
+    machine.run("systemctl", "start", "relay.socket")
+    assert machine.run("systemctl", "start", "relay", check=False).returncode != 0
+    assert machine.show("ExecMainStatus") == "2"
+    assert "http.listen: [::]:8480 is not loopback and uploads are not" in machine.log()
+
+
 def test_clients_do_not_make_it_try_a_wrong_configuration_for_ever(machine: Machine) -> None:
     machine.run("systemctl", "stop", "relay.service")
     machine.change("/etc/relay/relay.toml", "[http]\nmax_upload = 1\n")
