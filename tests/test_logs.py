@@ -2,9 +2,13 @@
 
 import json
 import logging
+import os
+import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from relay.config import LogConfig
-from relay.logs import JsonFormatter, LogfmtFormatter, configure, fields
+from relay.journal import Journal
+from relay.logs import (
+    JournalHandler,
+    JsonFormatter,
+    LogfmtFormatter,
+    Recent,
+    Unrepeated,
+    configure,
+    fields,
+    fields_of,
+)
 
 TIME = "2024-02-29T12:34:56.789Z"
 
@@ -158,7 +172,8 @@ def test_the_level_is_the_one_configured(
     [
         ("auto", {}, "time="),
         ("logfmt", {}, "time="),
-        ("auto", {"JOURNAL_STREAM": "8:1"}, "<6>level=info"),
+        # Inherited, but standard error is another file by now.
+        ("auto", {"JOURNAL_STREAM": "8:1"}, "time="),
         ("json", {"JOURNAL_STREAM": "8:1"}, "{"),
     ],
 )
@@ -183,3 +198,183 @@ def test_pikas_own_log_is_silent(root: logging.Logger, capsys: pytest.CaptureFix
     logging.getLogger("pika.connection").error("AMQPConnector - reporting failure")
     assert capsys.readouterr().err == ""
     assert sys.stderr is not None
+
+
+# --- journald ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def journald(tmp_path: Path) -> Iterator[socket.socket]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(tmp_path / "socket"))
+        server.setblocking(False)
+        yield server
+
+
+def entry_of(record: logging.LogRecord, journald: socket.socket) -> dict[str, str]:
+    """What journald gets of a record whose values have no line breaks."""
+    handler = JournalHandler(Journal(journald.getsockname()), otherwise=logging.NullHandler())
+    handler.handle(record)
+    handler.close()
+    data = journald.recv(10_000).decode()
+    return dict(line.split("=", 1) for line in data.splitlines())
+
+
+def test_journald_gets_fields_and_people_get_them_too(journald: socket.socket) -> None:
+    record = a_record("upload committed", transfer="0199", client="a b", bytes=5, seconds=1.25)
+    entry = entry_of(record, journald)
+    assert entry == {
+        "MESSAGE": 'upload committed transfer=0199 client="a b" bytes=5 seconds=1.250',
+        "PRIORITY": "6",
+        "SYSLOG_IDENTIFIER": "relay",
+        "LOGGER": "relay.test",
+        "CODE_FILE": __file__,
+        "CODE_LINE": "1",
+        "CODE_FUNC": "",
+        "RELAY_TRANSFER": "0199",
+        "RELAY_CLIENT": "a b",
+        "RELAY_BYTES": "5",
+        "RELAY_SECONDS": "1.250",
+    }
+
+
+@pytest.mark.parametrize(
+    ("level", "priority"),
+    [(logging.DEBUG, "7"), (logging.INFO, "6"), (logging.WARNING, "4"), (logging.ERROR, "3")],
+)
+def test_journald_gets_priorities(level: int, priority: str, journald: socket.socket) -> None:
+    assert entry_of(a_record(level=level), journald)["PRIORITY"] == priority
+
+
+def test_a_traceback_is_a_field_and_in_the_message(journald: socket.socket) -> None:
+    handler = JournalHandler(Journal(journald.getsockname()), otherwise=logging.NullHandler())
+    handler.handle(a_record(exc_info=ZeroDivisionError("x")))
+    handler.close()
+    data = journald.recv(10_000)
+    assert data.startswith(b"MESSAGE\n")
+    assert b"\nTRACEBACK=ZeroDivisionError: x\n" in data
+
+
+def test_what_journald_does_not_take_goes_to_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    otherwise = logging.StreamHandler(sys.stderr)
+    otherwise.setFormatter(LogfmtFormatter(journald=True))
+    handler = JournalHandler(Journal(str(tmp_path / "nobody")), otherwise=otherwise)
+    handler.handle(a_record(port=1))
+    handler.close()
+    assert capsys.readouterr().err == "<6>level=info msg=stopped port=1\n"
+
+
+def test_under_systemd_the_journal_is_written_to_by_its_own_protocol(
+    root: logging.Logger, tmp_path: Path
+) -> None:
+    """Standard error is the journal if it is the very file that JOURNAL_STREAM names."""
+    with (tmp_path / "stream").open("w") as stream:
+        status = os.fstat(stream.fileno())
+        script = (
+            "import logging; from relay.config import LogConfig; from relay import logs;"
+            "logs.configure(LogConfig(format={!r}));"
+            "print(type(logging.getLogger().handlers[0]._handler).__name__)"
+        )
+        found = [
+            subprocess.run(
+                [sys.executable, "-c", script.format(format_)],
+                env={**os.environ, "JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino}"},
+                stderr=stream,
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            ).stdout.strip()
+            for format_ in ("auto", "logfmt", "json")
+        ]
+    assert found == ["JournalHandler", "StreamHandler", "StreamHandler"]
+
+
+# --- what is repeated ----------------------------------------------------------------------------
+
+
+class Kept(logging.Handler):
+    """Keeps the text of what it gets, and how often it was held back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        repeated = fields_of(record).get("repeated")
+        self.lines.append(record.getMessage() + (f" x{repeated}" if repeated else ""))
+
+
+@pytest.fixture
+def kept() -> Kept:
+    return Kept()
+
+
+def at(seconds: float, message: str, level: int = logging.WARNING, **values: str) -> Any:
+    record = a_record(message, level=level)
+    vars(record).update(fields(**values))
+    record.created += seconds
+    return record
+
+
+def test_an_error_is_told_once_in_ten_seconds_and_then_with_a_count(kept: Kept) -> None:
+    handler = Unrepeated(kept)
+    for tenth in range(300):
+        handler.handle(at(tenth / 10, "broker away"))
+    assert kept.lines[:3] == ["broker away", "broker away x99", "broker away"]
+    handler.close()
+    assert sum(int(line.partition(" x")[2] or 1) for line in kept.lines) == 300
+
+
+def test_what_was_held_back_is_told_with_the_next_line_whatever_it_is(kept: Kept) -> None:
+    handler = Unrepeated(kept)
+    for _ in range(5):
+        handler.handle(at(0, "broker away"))
+    handler.handle(at(9, "started", logging.INFO))
+    assert kept.lines == ["broker away", "started"]
+    handler.handle(at(11, "stopped", logging.INFO))
+    assert kept.lines == ["broker away", "started", "broker away x4", "stopped"]
+
+
+def test_texts_and_levels_are_counted_apart(kept: Kept) -> None:
+    handler = Unrepeated(kept)
+    for record in (at(0, "a"), at(0, "b"), at(0, "a", logging.ERROR), at(0, "a")):
+        handler.handle(record)
+    assert kept.lines == ["a", "b", "a"]
+
+
+def test_what_strangers_can_repeat_is_held_back_and_transfers_are_not(kept: Kept) -> None:
+    handler = Unrepeated(kept)
+    for number in range(3):
+        handler.handle(at(0, "refused: no", logging.INFO, outcome="bad-request"))
+        handler.handle(at(0, "upload failed: gone", transfer=str(number), outcome="client-gone"))
+        handler.handle(at(0, "connected", logging.INFO))
+    assert sorted(kept.lines) == ["connected"] * 3 + ["refused: no"] + ["upload failed: gone"] * 3
+
+
+def test_texts_without_end_fill_no_memory_and_are_all_told(kept: Kept) -> None:
+    handler = Unrepeated(kept)
+    for number in range(1000):
+        for _ in range(2):
+            handler.handle(at(0, f"error {number}"))
+    assert len(handler._told) <= 256
+    handler.close()
+    assert len(kept.lines) == 2000
+
+
+def test_a_clock_that_is_set_back_silences_nothing(kept: Kept) -> None:
+    handler = Unrepeated(kept)
+    handler.handle(at(0, "x"))
+    handler.handle(at(-3600, "x"))
+    assert kept.lines == ["x", "x"]
+
+
+def test_the_last_errors_are_remembered_newest_first() -> None:
+    recent = Recent()
+    for number in range(30):
+        recent.note(at(number, f"error {number}", address=str(number)))
+        recent.note(at(number, "all is well", logging.INFO))
+    assert [error["msg"] for error in recent][:2] == ["error 29", "error 28"]
+    assert len(list(recent)) == 20
+    assert next(iter(recent))["address"] == "29"
