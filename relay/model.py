@@ -18,6 +18,7 @@ class Transfer:
         route: name of the route it was sent to.
         client: authenticated identity, None if anonymous.
         idempotency_key: as the client sent it, None if it sent none.
+        traceparent, tracestate: of the trace that it belongs to (W3C Trace Context), if any.
     """
 
     id: str
@@ -25,6 +26,8 @@ class Transfer:
     route: str
     client: str | None = None
     idempotency_key: str | None = None
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from relay.protocol.disposition import disposition_params, media_type_params
 from relay.protocol.framing import ALGORITHMS
 from relay.protocol.head import TCHARS, Field
 from relay.protocol.target import destination, is_authority
+from relay.protocol.trace_context import NO_TRACE, TraceContext, trace_context
 
 MAX_CONTENT_LENGTH: Final = 2**63 - 1
 """Sizes are signed 64-bit integers in frames."""
@@ -54,6 +55,7 @@ class RequestHead:
         given_digests: of the raw part, algorithm to lower-case hex; empty if there is a boundary,
             for the digest of a form is that of its encoding.
         wanted_digests: algorithms that the client asks for, keys of ``ALGORITHMS``.
+        trace: the trace that it belongs to.
         authorization: the Authorization field as it came; a secret, and no part of the repr.
     """
 
@@ -67,6 +69,7 @@ class RequestHead:
     idempotency_key: str | None
     given_digests: Mapping[str, str]
     wanted_digests: tuple[str, ...]
+    trace: TraceContext = NO_TRACE
     authorization: bytes | None = field(default=None, repr=False)
 
     @property
@@ -121,6 +124,7 @@ def parse_request(
         idempotency_key=_idempotency_key(fields),
         given_digests=given,
         wanted_digests=wanted_digests(headers),
+        trace=trace_context(fields.all(b"traceparent"), fields.all(b"tracestate")),
         authorization=fields.single(b"authorization"),
     )
 

@@ -85,6 +85,8 @@ def encode_frame(frame: Frame) -> Message:
         headers["route"] = transfer.route
         _put(headers, "client", transfer.client)
         _put(headers, "idempotency-key", transfer.idempotency_key)
+        _put(headers, "traceparent", transfer.traceparent)
+        _put(headers, "tracestate", transfer.tracestate)
     return Message(
         TYPE_FRAME,
         transfer.id,
@@ -148,6 +150,8 @@ def _decode_frame(fields: "_Fields", transfer_id: str, timestamp: object, body: 
         route=fields.text("route") or "",
         client=fields.text("client"),
         idempotency_key=fields.text("idempotency-key"),
+        traceparent=fields.text("traceparent"),
+        tracestate=fields.text("tracestate"),
     )
     head = tail = commit = None
     if offset == 0:
