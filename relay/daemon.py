@@ -13,12 +13,10 @@ import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 
 import trio
-from prometheus_client import Metric
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
 from relay import __version__, allocator, logs
 from relay.broker.pool import Pool
@@ -27,7 +25,9 @@ from relay.broker.routes import Severity, verify_routes
 from relay.broker.session import Session
 from relay.config import Config, ConfigError, HttpConfig, authenticates, exposed, keep_fixed
 from relay.errors import BrokerError
+from relay.figures import Figures
 from relay.logs import fields
+from relay.pulse import Pulse
 from relay.server import listeners, tokens
 from relay.server.admin import AdminHandler
 from relay.server.handler import UploadHandler
@@ -36,7 +36,7 @@ from relay.server.pages import CONNECTIONS_MAX
 from relay.server.tls import TlsServer
 from relay.server.tokens import Tokens
 from relay.server.uploads import Uploads
-from relay.systemd import Notifier, Rate
+from relay.systemd import Notifier
 from relay.transfer import new_transfer_id
 
 log = logging.getLogger(__name__)
@@ -98,9 +98,18 @@ class Daemon:
         )
         self._tls = self._tls_server(config.http)
         self._complaint = ""
-        self._admin = AdminHandler(config.http, self._uploads, self._broker.refusal, self._metrics)
+        self._pulse = Pulse(lambda: self._uploads.bytes_received)
+        self._figures = Figures(
+            config, self._uploads, self._broker, self._handler.keys, self._pulse
+        )
+        self._admin = AdminHandler(
+            config.http,
+            self._uploads,
+            self._broker.refusal,
+            metrics=self._figures.metrics,
+            status=self._figures.status,
+        )
         self._systemd = Notifier()
-        self._rate = Rate()
 
     async def run(self) -> None:
         """Serve until a signal says stop, then drain."""
@@ -113,6 +122,7 @@ class Daemon:
             trio.open_signal_receiver(signal.SIGHUP) as hangups,
         ):
             async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._pulse.run)
                 nursery.start_soon(self._broker.run)
                 # Admin connections outlive the drain, so that probes can watch it.
                 nursery.start_soon(self._serve_admin, admin_listeners, nursery)
@@ -169,10 +179,9 @@ class Daemon:
 
     def _status(self) -> str:
         refusal = self._broker.refusal()
-        rate = self._rate.per_second(self._uploads.bytes_received, trio.current_time()) / 2**20
         return (
             f"{self._complaint}{'draining: ' if self._uploads.draining else ''}"
-            f"{len(self._uploads)} uploads, {rate:.1f} MiB/s; "
+            f"{len(self._uploads)} uploads, {self._pulse.rate / 2**20:.1f} MiB/s; "
             f"{'broker ready' if refusal is None else refusal.detail}"
         )
 
@@ -208,6 +217,7 @@ class Daemon:
         self._config, self._tls = config, tls
         self._access.configure(tokens=valid, anonymous=_anonymous(config))
         self._handler.configure(config.http, config.routes)
+        self._figures.configure(config)
         self._uploads.configure(
             config.http.max_uploads, per_client=config.http.max_uploads_per_client
         )
@@ -242,59 +252,6 @@ class Daemon:
         with trio.move_on_after(GOODBYE):
             await self._broker.close()
         scope.cancel()
-
-    def _metrics(self) -> Iterator[Metric]:
-        publishers = self._broker.publishers
-        windows = [publisher.window for publisher in publishers]
-        queued = sum(publisher.queued for publisher in publishers)
-        loop = trio.lowlevel.current_statistics()
-        up = GaugeMetricFamily("relay_broker_up", "1 if uploads would be admitted by the broker.")
-        up.add_metric([], self._broker.refusal() is None)
-        yield up
-        gauges = (
-            ("relay_uploads", "Uploads in progress.", len(self._uploads)),
-            (
-                "relay_broker_connections",
-                "Connections that take uploads now.",
-                sum(publisher.fault() is None for publisher in publishers),
-            ),
-            (
-                "relay_window_bytes",
-                "Bytes published and unconfirmed.",
-                sum(window.taken for window in windows),
-            ),
-            (
-                "relay_window_waiting",
-                "Uploads waiting for window.",
-                sum(window.waiting for window in windows),
-            ),
-            ("relay_write_queue_bytes", "Bytes not yet written to the broker.", queued),
-            ("relay_tasks", "Tasks of the event loop.", loop.tasks_living),
-            (
-                "relay_idempotency_keys",
-                "Keys whose receipt is remembered.",
-                len(self._handler.keys),
-            ),
-            ("relay_idempotency_bytes", "Bytes they take, about.", self._handler.keys.bytes),
-        )
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(name, text, value)
-        finished = CounterMetricFamily(
-            "relay_uploads_finished",
-            "Requests that ended, by result: committed, replayed, or an error's code.",
-            labels=["result"],
-        )
-        for result, number in self._uploads.finished.items():
-            finished.add_metric([result], number)
-        yield finished
-        yield CounterMetricFamily(
-            "relay_committed_bytes", "Bytes in committed uploads.", self._uploads.bytes_committed
-        )
-        yield CounterMetricFamily(
-            "relay_broker_connects",
-            "Connections made to the broker.",
-            sum(publisher.connects for publisher in publishers),
-        )
 
 
 def _announce(

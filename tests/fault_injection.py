@@ -444,7 +444,7 @@ async def _settle(
             outcome.violations.append(f"the next upload does not work: {fence}")
             return
         fences[queue_type] = str(fence.transfer)
-    for metric in ("relay_uploads", "relay_window_bytes", "relay_window_waiting"):
+    for metric in ("relay_uploads_in_progress", "relay_window_bytes", "relay_window_waiting"):
         await _become(outcome, daemon, f"{metric} 0", partial(_is_zero, daemon, metric))
     messages: list[Delivered] = []
     for queue_type, fence_id in fences.items():

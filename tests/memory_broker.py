@@ -22,6 +22,7 @@ from relay.config import RouteConfig
 from relay.errors import RelayError
 from relay.model import Frame, Transfer
 from relay.server.identity import Peer
+from relay.waits import Wait, Waits
 
 Stream = trio.abc.HalfCloseableStream
 NewPair = Callable[[], tuple[Stream, Stream]]
@@ -34,7 +35,9 @@ PEER: Final = Peer(address="192.0.2.1:5000")
 class MemorySink:
     """Keeps the frames of one transfer; a ``server.handler.Sink``."""
 
-    def __init__(self, broker: "MemoryBroker", transfer: Transfer, route: RouteConfig) -> None:
+    def __init__(
+        self, broker: "MemoryBroker", transfer: Transfer, route: RouteConfig, waits: Waits
+    ) -> None:
         self.transfer = transfer
         self.route = route
         self.frames: list[Frame] = []
@@ -43,6 +46,7 @@ class MemorySink:
         self.closed = False
         self.may_be_committed = False
         self._broker = broker
+        self._waits = waits
 
     @property
     def body(self) -> bytes:
@@ -53,14 +57,18 @@ class MemorySink:
         """Take a frame."""
         assert not self.closed
         assert not self.aborted
+        self._waits.begin(Wait.WINDOW)
         await self._broker.before_send(frame)
+        self._waits.end()
         self.frames.append(frame)
 
     async def commit(self, frame: Frame) -> None:
         """Take the commit frame."""
         await self.send(frame)
         self.may_be_committed = True
+        self._waits.begin(Wait.BROKER)
         await self._broker.before_commit(frame)
+        self._waits.end()
         self.committed = True
 
     def abort(self, reason: str) -> None:
@@ -97,11 +105,13 @@ class MemoryBroker:
 
     @asynccontextmanager
     async def open(
-        self, transfer: Transfer, route: RouteConfig
+        self, transfer: Transfer, route: RouteConfig, waits: Waits
     ) -> AsyncGenerator[MemorySink, None]:
         """A sink for the length of the block."""
+        waits.begin(Wait.BROKER)
         await self.before_open(transfer)
-        sink = MemorySink(self, transfer, route)
+        waits.end()
+        sink = MemorySink(self, transfer, route, waits)
         self.sinks.append(sink)
         try:
             yield sink

@@ -30,10 +30,13 @@ TABLE = """
     client.source          | trio google_crc32c      | daemon receiver server broker transfer
     client.endpoint        | trio                    | all but client.exchange tls config
     client.exchange        | trio h11                | all but tls
-    daemon                 | trio prometheus_client  | receiver
+    daemon                 | trio                    | receiver
+    figures                | trio prometheus_client  | receiver transfer
     check                  | trio                    | receiver server protocol
     check_access           |                         | receiver server protocol but server.tokens
     allocator              |                         | all
+    pulse                  | trio prometheus_client  | all
+    memory                 |                         | all but config
                            |                         |
     receiver.receive       | trio                    | server transfer
     receiver.consumer      | trio pika               | server transfer
@@ -73,6 +76,7 @@ TABLE = """
     server.tls_stream      | trio                    | all
     server.uploads         | trio                    | broker transfer protocol
     server.idle            | trio                    | all
+    server.status          |                         | all but server.responses
     server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol
     server.identity        |                         | all but server.tokens config errors
@@ -89,12 +93,15 @@ TABLE = """
     broker.connect         | trio pika               | all but tls backoff config errors
     broker.adapter         | trio pika               | all but tls
     broker.content_header  | pika                    | all but protocol.wire
+    broker.figures         | prometheus_client       | all but protocol.confirms
     broker.window          |                         | all
                            |                         |
     transfer               | trio                    | logs config
     tls                    | trio                    | all but config
     systemd                | trio                    | all
-    logs                   |                         | all but config
+    waits                  | trio                    | all
+    logs                   |                         | all but journal config
+    journal                |                         | all
     config                 |                         | all
     backoff                |                         | all
                            |                         |
@@ -104,6 +111,7 @@ TABLE = """
     protocol.disposition   | multipart               | all but protocol.head errors
     protocol.chunked       |                         | all but protocol.head errors
     protocol.target        |                         | all but protocol.head errors
+    protocol.trace_context |                         | all
     protocol.head          |                         | all but errors
     protocol.reassembly    | google_crc32c           | all but protocol.framing model
     protocol.framing       | google_crc32c           | all but model

@@ -14,6 +14,7 @@ from typing import Final
 import trio
 
 from relay.broker.connect import Connect
+from relay.broker.figures import Figures
 from relay.broker.publication import Publication
 from relay.broker.publisher import Publisher, Refusals, Verify, log_refusals
 from relay.broker.session import Session
@@ -21,6 +22,7 @@ from relay.broker.window import Window
 from relay.config import AmqpConfig, RouteConfig
 from relay.errors import BrokerError, BrokerUnavailable
 from relay.model import Transfer
+from relay.waits import Waits
 
 RENEW_PATIENCE: Final = 10.0
 """Seconds in which a new configuration must have brought a connection, if the old one has."""
@@ -46,6 +48,7 @@ class Pool:
         self._verify = verify
         self._nursery: trio.Nursery | None = None
         self._scopes: dict[Publisher, trio.CancelScope] = {}
+        self.figures = Figures()
         share = config.window // config.connections
         windows = [Window(share) for _ in range(config.connections)]
         self.publishers: Sequence[Publisher] = self._make(config, routes, windows)
@@ -61,6 +64,7 @@ class Pool:
                 # One is enough: what it finds is true of the broker, not of the connection.
                 verify=self._verify if number == 0 else _say_nothing,
                 window=window,
+                figures=self.figures,
             )
             for number, window in enumerate(windows)
         ]
@@ -130,10 +134,10 @@ class Pool:
         return self._least_busy().refusal()
 
     def open(
-        self, transfer: Transfer, route: RouteConfig
+        self, transfer: Transfer, route: RouteConfig, waits: Waits | None = None
     ) -> AbstractAsyncContextManager[Publication]:
         """A publication on the connection that has the fewest. Raises as ``Publisher.open``."""
-        return self._least_busy().open(transfer, route)
+        return self._least_busy().open(transfer, route, waits)
 
     def _least_busy(self) -> Publisher:
         def order(publisher: Publisher) -> tuple[bool, bool, int]:

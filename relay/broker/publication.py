@@ -17,6 +17,7 @@ from typing import Final, Protocol
 import trio
 
 from relay.broker.abort import LateAbort
+from relay.broker.figures import Figures
 from relay.broker.rejection import FULL, Rejection
 from relay.broker.session import Address, ConfirmChannel, Session
 from relay.broker.window import Window
@@ -34,6 +35,7 @@ from relay.errors import (
 from relay.model import Frame, Transfer
 from relay.protocol.confirms import Outcome
 from relay.protocol.wire import PLAIN_HEADERS, TYPE_ABORT, Message, encode_abort, encode_frame
+from relay.waits import Wait, Waits
 
 MESSAGE_COST: Final = 2048
 CHARACTER_COST: Final = 5
@@ -46,6 +48,7 @@ class Line(Protocol):
 
     config: AmqpConfig
     window: Window
+    figures: Figures
     blocked_since: float | None
 
     async def acquire(self) -> tuple[Session, ConfirmChannel]:
@@ -65,9 +68,18 @@ class Publication:
     that its unconfirmed frames take, until each of them is settled or given up.
     """
 
-    def __init__(self, publisher: Line, transfer: Transfer, route: RouteConfig) -> None:
+    def __init__(
+        self,
+        publisher: Line,
+        transfer: Transfer,
+        route: RouteConfig,
+        waits: Waits | None = None,
+    ) -> None:
+        """``waits`` is told what the upload waits for here."""
         self._publisher = publisher
         self._config = publisher.config
+        self._figures = publisher.figures
+        self._waits = waits or Waits()
         self._transfer = transfer
         self._mandatory = route.mandatory
         self._address = Address(
@@ -94,6 +106,9 @@ class Publication:
         self._lost_since: float | None = None
         self._is_in_doubt = False
         self._progress = trio.current_time()
+        # The one message whose confirm is timed, and since when: a sample costs nothing per frame.
+        self._timed: Message | None = None
+        self._timed_since = 0.0
         self._changed = trio.lowlevel.ParkingLot()
 
     @property
@@ -122,9 +137,9 @@ class Publication:
         Raises:
             BrokerError: the upload is not committed, or (OutcomeUnknown) may be.
         """
-        await self._until(lambda: not self._outstanding)
+        await self._until(lambda: not self._outstanding, Wait.BROKER)
         await self._publish(encode_frame(frame), commit=True)
-        await self._until(lambda: not self._outstanding)
+        await self._until(lambda: not self._outstanding, Wait.BROKER)
 
     def abort(self, reason: str) -> None:
         """Tell consumers that the transfer failed, if they may have seen any of it.
@@ -175,14 +190,18 @@ class Publication:
 
     async def _publish(self, message: Message, *, commit: bool = False) -> None:
         size = self._room(message)
-        await self._until(lambda: self._unconfirmed + size <= self._config.upload_window)
+        await self._until(
+            lambda: self._unconfirmed + size <= self._config.upload_window, Wait.WINDOW
+        )
         window = self._publisher.window
         request = window.request(size, self._changed.unpark_all)
         try:
-            await self._until(lambda: request.granted)
+            await self._until(lambda: request.granted, Wait.WINDOW)
             assert self._channel is not None
             if not self._outstanding:
                 self._progress = trio.current_time()
+            if self._timed is None:
+                self._timed, self._timed_since = message, trio.current_time()
             self._channel.publish(message, mandatory=self._mandatory)
         except BaseException:
             window.withdraw(request)
@@ -196,17 +215,25 @@ class Publication:
     def _outstanding(self) -> int:
         return self._channel.outstanding if self._channel is not None else 0
 
-    async def _until(self, ready: Callable[[], bool]) -> None:
+    async def _until(self, ready: Callable[[], bool], what: Wait) -> None:
         """Wait for ``ready`` and a channel; meanwhile mind failures and deadlines."""
         while not self._is_committed:
             if self._failure is not None:
                 raise self._failure
             if self._channel is not None and not self._again and ready():
                 return
+            self._waits.begin(Wait.BROKER if self._is_interrupted else what)
             with trio.move_on_at(self._deadline()) as scope:
                 await self._changed.park()
+            self._waits.end()
             if scope.cancelled_caught:
                 await self._give_up_waiting()
+
+    @property
+    def _is_interrupted(self) -> bool:
+        """Whether the broker is lost, blocked or rejecting, so that room is not what is missing."""
+        is_blocked = self._publisher.blocked_since is not None
+        return self._channel is None or bool(self._again) or is_blocked
 
     def _deadline(self) -> float:
         if self._channel is None:
@@ -283,6 +310,7 @@ class Publication:
         # Without a channel, it was lost at the very moment: the next recovery has begun.
         while self._again and self._channel is not None:
             self._channel.publish(self._again[0], mandatory=self._mandatory)
+            self._figures.republished += 1
             del self._again[0]
 
     def _lost(self) -> BrokerError:
@@ -317,7 +345,13 @@ class Publication:
 
     def on_settled(self, message: Message, outcome: Outcome) -> None:
         """Free the message's room; note what went wrong."""
-        self._progress = trio.current_time()
+        now = self._progress = trio.current_time()
+        if message is self._timed:
+            if outcome is Outcome.ACKED:
+                self._figures.confirm_seconds.observe(now - self._timed_since)
+            self._timed = None
+        if outcome is not Outcome.ACKED:
+            self._figures.unacked[outcome] += 1
         if outcome is Outcome.NACKED and self._may_be_taken_later():
             self._again.append(message)
             if not self._outstanding:
@@ -340,6 +374,7 @@ class Publication:
     def on_channel_lost(self, unknown: list[Message], error: BrokerError) -> None:
         """Keep what is unconfirmed for the next connection, unless the broker refused it."""
         self._channel = None
+        self._timed = None
         self._again += unknown
         self._rejection.forget()
         if isinstance(error, BrokerRefused):

@@ -15,12 +15,14 @@ import trio
 from pika.connection import Parameters
 
 from relay.broker.connect import Connect, Connector, backoff
+from relay.broker.figures import Figures
 from relay.broker.publication import Publication
 from relay.broker.session import ConfirmChannel, Session
 from relay.broker.window import Window
 from relay.config import AmqpConfig, RouteConfig
 from relay.errors import BrokerBlocked, BrokerError, BrokerRefused, BrokerUnavailable
 from relay.model import Transfer
+from relay.waits import Wait, Waits
 
 log = logging.getLogger(__name__)
 
@@ -58,12 +60,14 @@ class Publisher:
         connect: Connect = trio.open_tcp_stream,
         verify: Verify = log_refusals,
         window: Window | None = None,
+        figures: Figures | None = None,
     ) -> None:
         """Publish for ``routes``, whose queues it declares on each connection it makes.
 
         ``verify`` is run on each connection, beside the uploads, and cancelled when it ends.
         ``window`` may be one that is in use already.
         ``on_down`` may be set to be told of each connection that is lost or did not come about.
+        ``figures`` may be shared with other publishers.
 
         Raises:
             ConfigError: a URL or a TLS file cannot be used.
@@ -71,6 +75,9 @@ class Publisher:
         self.config = config
         self.window = window or Window(config.window)
         self.connects = 0
+        self.failures = 0
+        self.figures = figures or Figures()
+        self.broker: str | None = None
         self._routes = routes
         self._connector = Connector(config, name="relay", connect=connect)
         self._verify = verify
@@ -150,15 +157,17 @@ class Publisher:
 
     @asynccontextmanager
     async def open(
-        self, transfer: Transfer, route: RouteConfig
+        self, transfer: Transfer, route: RouteConfig, waits: Waits | None = None
     ) -> AsyncGenerator[Publication, None]:
         """A publication with a channel of its own, for the length of the block.
+
+        ``waits`` is told what the upload waits for here.
 
         Raises:
             BrokerError: there is no channel to be had.
         """
         with self._used():
-            async with self._open(transfer, route) as publication:
+            async with self._open(transfer, route, waits) as publication:
                 yield publication
 
     @contextmanager
@@ -172,14 +181,17 @@ class Publisher:
 
     @asynccontextmanager
     async def _open(
-        self, transfer: Transfer, route: RouteConfig
+        self, transfer: Transfer, route: RouteConfig, waits: Waits | None
     ) -> AsyncGenerator[Publication, None]:
+        waits = waits or Waits()
+        waits.begin(Wait.BROKER)
         await self._wait_admitted()
-        publication = Publication(self, transfer, route)
+        publication = Publication(self, transfer, route, waits)
         with trio.move_on_after(CHANNEL_TIMEOUT) as scope:
             publication.attach(*await self.acquire())
         if scope.cancelled_caught:
             raise BrokerUnavailable(f"no channel to the broker within {CHANNEL_TIMEOUT:g} s")
+        waits.end()
         self._publications.add(publication)
         try:
             yield publication
@@ -276,6 +288,7 @@ class Publisher:
         self._session = session
         self._patient_until = -math.inf
         self.connects += 1
+        self.broker = f"{parameters.host}:{parameters.port}"
         self._told.clear()
         log.info("connected to the broker at %s:%s", parameters.host, parameters.port)
         if session.blocked_reason is not None:
@@ -295,6 +308,8 @@ class Publisher:
         self._error = error
         self.blocked_since = None
         self._session = None
+        self.broker = None
+        self.failures += not self._is_closing
         self.on_down(error)
 
     def _on_blocked_changed(self) -> None:

@@ -29,12 +29,14 @@ from relay.model import Receipt, Transfer
 from relay.protocol.form_data import BodyParser, FormData, RawBody
 from relay.protocol.framing import ALGORITHMS, Framer
 from relay.protocol.request import RequestHead, parse_request
+from relay.protocol.trace_context import trace_id
 from relay.server.connection import HttpConnection
 from relay.server.idempotency import KeyMemory, key_of
 from relay.server.identity import Access, Peer
 from relay.server.responses import Response, created, problem
 from relay.server.uploads import UploadRecord, Uploads
 from relay.transfer import FrameSink, Upload, new_transfer_id
+from relay.waits import Wait, Waits
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +60,10 @@ class Broker(Protocol):
     def refusal(self) -> RelayError | None:
         """Why an upload cannot be admitted now, or None."""
 
-    def open(self, transfer: Transfer, route: RouteConfig) -> AbstractAsyncContextManager[Sink]:
-        """A sink for one transfer."""
+    def open(
+        self, transfer: Transfer, route: RouteConfig, waits: Waits
+    ) -> AbstractAsyncContextManager[Sink]:
+        """A sink for one transfer, which tells ``waits`` what it waits for."""
 
 
 class UploadHandler:
@@ -97,6 +101,8 @@ class UploadHandler:
         except ClientGone:
             log.debug("client gone", extra=fields(peer=peer.address))
         except Exception:
+            if connection.awaits_response:
+                self._uploads.count(RelayError.code)
             await self._confess(connection, RelayError(BUG))
             raise  # to be logged where it stops
 
@@ -110,7 +116,8 @@ class UploadHandler:
             head = parse_request(*raw)
             connection.begin_body(head.content_length)
         except ClientError as exc:
-            log.info("refused", extra=fields(peer=peer.address, status=exc.status, code=exc.code))
+            extra = _About(peer=peer.address).fields(exc.code, status=exc.status)
+            log.info("refused: %s", exc.detail, extra=extra)
             self._uploads.count(exc.code)
             refusal = problem(exc)
         if refusal is not None:
@@ -131,13 +138,12 @@ class UploadHandler:
         """
         # What is no route's name is the client's own words, which no log repeats.
         known = head.route if head.route in self._routes else None
-        about = _About(route=known, peer=peer.address)
+        about = _About(route=known, peer=peer.address, trace=trace_id(head.trace.parent))
         record = None
         try:
             about.client = self._access.identify(head.authorization, peer)
             route = self._route(head, about.client)
             transfer = _transfer(head, about.client)
-            about.transfer = transfer.id
             key = key_of(transfer)
             # Before it is asked for room: an answer that is known needs neither room nor broker.
             if (replay := self.keys.recall(key, head)) is not None:
@@ -145,31 +151,33 @@ class UploadHandler:
                 return replay
             self._check_room(transfer, peer)
             with self.keys.hold(key), self._uploads.enter(transfer, peer.address) as record:
+                about.record = record
                 receipt = await self._relay(connection, head, transfer, route, record)
                 response = created(receipt)
                 self.keys.remember(key, head, record.bytes_received, receipt, response)
         except RelayError as exc:
-            log.warning("upload failed: %s", exc.detail, extra=about.fields(exc))
-            self._uploads.count(exc.code)
+            self._failed(about, exc)
             if isinstance(exc, ClientGone):
                 raise
-            return problem(exc, transfer_id=about.transfer if record is not None else None)
+            return problem(exc, transfer_id=transfer.id if record is not None else None)
         except Exception:
             may_be_committed = record is not None and record.may_be_committed
-            await self._confess(
-                connection, OutcomeUnknown(BUG) if may_be_committed else RelayError(BUG)
-            )
+            error = OutcomeUnknown(BUG) if may_be_committed else RelayError(BUG)
+            self._failed(about, error)
+            await self._confess(connection, error)
             raise
-        totals = receipt.totals
-        extra = about.fields(bytes=totals.bytes, frames=totals.frames)
-        log.info("upload committed", extra=extra)
-        self._uploads.count("committed", totals.bytes)
+        log.info("upload committed", extra=about.fields("committed"))
+        self._uploads.count("committed", about.route, receipt.totals.bytes)
         return response
+
+    def _failed(self, about: "_About", error: RelayError) -> None:
+        extra = about.fields(error.code, status=error.status)
+        log.warning("upload failed: %s", error.detail, extra=extra)
+        self._uploads.count(error.code, about.route)
 
     async def _confess(self, connection: HttpConnection, error: RelayError) -> None:
         """Tell the client of a bug, unless it has been told something already."""
         if connection.awaits_response:
-            self._uploads.count(error.code)
             with suppress(ClientGone):
                 await connection.respond(problem(error), close=True)
 
@@ -185,8 +193,8 @@ class UploadHandler:
             with suppress(ClientError):
                 while await connection.receive():
                     pass
-        log.info("upload replayed", extra=about.fields())
-        self._uploads.count("replayed")
+        log.info("upload replayed", extra=about.fields("replayed"))
+        self._uploads.count("replayed", about.route)
 
     def _route(self, head: RequestHead, client: str | None) -> RouteConfig:
         """The upload's route, if there is one, and it takes that client's and a body of that size.
@@ -231,11 +239,12 @@ class UploadHandler:
             digests=tuple(dict.fromkeys(asked)),
             receipt_parts=self._config.receipt_parts,
         )
+        waits = record.waits
 
         async def receive() -> bytes:
-            record.waits_for = "client"
+            waits.begin(Wait.CLIENT)
             data = await connection.receive(record.read_size)
-            record.waits_for = "broker"
+            waits.end()
             record.bytes_received += len(data)
             record.frames = framer.frames
             if route.max_bytes and record.bytes_received > route.max_bytes:
@@ -243,7 +252,7 @@ class UploadHandler:
             return data
 
         with record.scope:
-            async with self._broker.open(transfer, route) as sink:
+            async with self._broker.open(transfer, route, waits) as sink:
                 parser = _parser(head, route)
                 upload = Upload(parser, framer, sink, expected_digests=head.given_digests)
                 try:
@@ -253,6 +262,7 @@ class UploadHandler:
                     sink.abort(_reason(exc))
                     raise
                 finally:
+                    record.frames = framer.frames
                     record.may_be_committed = sink.may_be_committed
         raise _ended_by_drain(record.may_be_committed)
 
@@ -263,28 +273,45 @@ class _About:
 
     Attributes:
         route: its name, if there is one of that name.
-        transfer: its id, once it is admitted.
+        trace: the id of the trace that it belongs to.
+        record: once it is admitted.
         began: in trio's clock, seconds.
     """
 
-    route: str | None
     peer: str
-    transfer: str | None = None
+    route: str | None = None
     client: str | None = None
+    trace: str | None = None
+    record: UploadRecord | None = None
     began: float = field(default_factory=trio.current_time)
 
-    def fields(self, error: RelayError | None = None, **more: object) -> dict[str, Any]:
+    def fields(self, outcome: str, *, status: int | None = None) -> dict[str, Any]:
         """A log record's ``extra``."""
-        if error is not None:
-            more |= {"status": error.status, "code": error.code}
-        return fields(
-            transfer=self.transfer,
-            route=self.route,
-            client=self.client,
-            peer=self.peer,
-            **more,
-            seconds=trio.current_time() - self.began,
-        )
+        seconds = trio.current_time() - self.began
+        known: dict[str, object] = {
+            "route": self.route,
+            "client": self.client,
+            "peer": self.peer,
+            "trace": self.trace,
+            "outcome": outcome,
+            "status": status,
+            "seconds": seconds,
+        }
+        if self.record is not None:
+            known = {"transfer": self.record.transfer.id} | known | _progress(self.record, seconds)
+        return fields(**known)
+
+
+def _progress(record: UploadRecord, seconds: float) -> dict[str, object]:
+    waited = record.waits.seconds
+    most = max(waited, key=lambda wait: waited[wait])
+    return {
+        "bytes": record.bytes_received,
+        "frames": record.frames,
+        "rate": round(record.bytes_received / max(seconds, 1e-3)),
+        "waited_for": most.value,
+        "waited": waited[most],
+    }
 
 
 def _transfer(head: RequestHead, client: str | None) -> Transfer:
@@ -294,6 +321,8 @@ def _transfer(head: RequestHead, client: str | None) -> Transfer:
         route=head.route,
         client=client,
         idempotency_key=head.idempotency_key,
+        traceparent=head.trace.parent,
+        tracestate=head.trace.state,
     )
 
 

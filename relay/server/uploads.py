@@ -11,6 +11,7 @@ import trio
 from relay.errors import ClientBusy, ShuttingDown, TooManyUploads
 from relay.model import Transfer
 from relay.server.idle import Idle
+from relay.waits import Wait, Waits
 
 READ_SIZE_MIN: Final = 64 * 1024
 READ_SIZE_MAX: Final = 1024 * 1024
@@ -41,7 +42,7 @@ class UploadRecord:
         began: in trio's clock, seconds.
         read_size: bytes that it may ask of its socket at once.
         frames: cut so far.
-        waits_for: ``client`` or ``broker``.
+        waits: for what, now and so far.
         may_be_committed: when it has ended, whether its commit frame was out.
     """
 
@@ -51,32 +52,63 @@ class UploadRecord:
     read_size: int
     bytes_received: int = 0
     frames: int = 0
-    waits_for: str = "client"
+    waits: Waits = field(default_factory=Waits)
     may_be_committed: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
 
+@dataclass(kw_only=True)
+class Totals:
+    """What all uploads since the start add up to, those in progress included.
+
+    Attributes:
+        bytes: of bodies received, by route.
+        frames: cut, by route.
+        seconds: waited, by what for.
+    """
+
+    bytes: Counter[str] = field(default_factory=Counter)
+    frames: Counter[str] = field(default_factory=Counter)
+    seconds: dict[Wait, float] = field(default_factory=lambda: dict.fromkeys(Wait, 0.0))
+
+    def add(self, record: UploadRecord) -> None:
+        """Add one upload."""
+        self.bytes[record.transfer.route] += record.bytes_received
+        self.frames[record.transfer.route] += record.frames
+        for wait, seconds in record.waits.seconds.items():
+            self.seconds[wait] += seconds
+
+
 class Uploads:
-    """Admits uploads up to a limit and knows them all."""
+    """Admits uploads up to a limit and knows them all.
+
+    Attributes:
+        ended: requests that ended, by route and outcome: ``committed``, ``replayed``, or an error's
+            code. The route is empty where there was none, or none that is configured.
+        committed_bytes: by route.
+        connections: of clients, open now.
+        limit: of uploads at once.
+    """
 
     def __init__(self, limit: int, *, per_client: int = 0) -> None:
         """At most ``limit`` at once, and ``per_client`` of one client; 0: no such limit."""
         self.configure(limit, per_client=per_client)
         self._records: set[UploadRecord] = set()
-        self._connections = 0
+        self.connections = 0
         self._changed = trio.lowlevel.ParkingLot()
         self._read_budget = READ_BUDGET
         self._patience = trio.CancelScope()
         self._is_over = False
         self.draining = False
         self.idle = Idle()
-        self.finished: Counter[str] = Counter()
-        self.bytes_committed = 0
+        self.ended: Counter[tuple[str, str]] = Counter()
+        self.committed_bytes: Counter[str] = Counter()
         self._bytes_of_ended = 0
+        self._totals_of_ended = Totals()
 
     def configure(self, limit: int, *, per_client: int) -> None:
         """Have other limits for those that come from now on."""
-        self._limit = limit
+        self.limit = limit
         self._per_client = per_client
 
     def __len__(self) -> int:
@@ -89,6 +121,25 @@ class Uploads:
     def bytes_received(self) -> int:
         """Bytes of bodies since the start, whatever became of their uploads."""
         return self._bytes_of_ended + sum(record.bytes_received for record in self._records)
+
+    @property
+    def totals(self) -> Totals:
+        """Since the start, as it is now."""
+        ended = self._totals_of_ended
+        totals = Totals(
+            bytes=Counter(ended.bytes), frames=Counter(ended.frames), seconds=dict(ended.seconds)
+        )
+        for record in self._records:
+            totals.add(record)
+        return totals
+
+    @property
+    def finished(self) -> Counter[str]:
+        """Requests that ended, by outcome, whatever their route."""
+        finished: Counter[str] = Counter()
+        for (_, outcome), number in self.ended.items():
+            finished[outcome] += number
+        return finished
 
     def check(self, client: str | None = None, peer: str = "") -> None:
         """Raise what an upload would be refused with now, if anything.
@@ -104,8 +155,8 @@ class Uploads:
         """
         if self._is_over:
             raise ShuttingDown("the daemon is stopping")
-        if len(self._records) >= self._limit:
-            raise TooManyUploads(f"{self._limit} uploads are in progress")
+        if len(self._records) >= self.limit:
+            raise TooManyUploads(f"{self.limit} uploads are in progress")
         if self._per_client and self._count_of(_who(client, peer)) >= self._per_client:
             raise ClientBusy(f"{self._per_client} uploads of this client are in progress")
 
@@ -132,21 +183,26 @@ class Uploads:
             self._read_budget += reserved
             self._records.discard(record)
             self._bytes_of_ended += record.bytes_received
+            self._totals_of_ended.add(record)
             self._changed.unpark_all()
 
-    def count(self, result: str, size: int = 0) -> None:
-        """Count an upload that ended: with an error's code, or ``committed`` with its bytes."""
-        self.finished[result] += 1
-        self.bytes_committed += size
+    def count(self, outcome: str, route: str | None = None, size: int = 0) -> None:
+        """Count a request that ended: with an error's code, or ``committed`` with its bytes.
+
+        ``route`` must be configured: whoever sends a request could else make as many as they like.
+        """
+        self.ended[route or "", outcome] += 1
+        if size:
+            self.committed_bytes[route or ""] += size
 
     @contextmanager
     def connected(self) -> Iterator[None]:
         """Count a connection, which may bring uploads, for the length of the block."""
-        self._connections += 1
+        self.connections += 1
         try:
             yield
         finally:
-            self._connections -= 1
+            self.connections -= 1
             self._changed.unpark_all()
 
     async def drain(self, timeout: float) -> None:
@@ -172,5 +228,5 @@ class Uploads:
 
     async def wait_disconnected(self) -> None:
         """Wait until every connection is gone; each goes once its answer is received."""
-        while self._records or self._connections:
+        while self._records or self.connections:
             await self._changed.park()

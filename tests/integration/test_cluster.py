@@ -167,7 +167,9 @@ def test_without_a_majority_uploads_fail_in_time_and_with_one_they_work_again(
         with RawConnection(daemon.address) as connection:
             whole = memoryview(request("/upload", body))
             connection.send(whole[: 4 * FRAME])
-            daemon.wait_until(lambda: daemon.metric("relay_uploads") == 1, "it has begun")
+            daemon.wait_until(
+                lambda: daemon.metric("relay_uploads_in_progress") == 1, "it has begun"
+            )
             cluster.at_once(RabbitMQNode.kill, cluster.nodes[1:])
             began = time.monotonic()
             connection.send(whole[4 * FRAME :])

@@ -145,7 +145,9 @@ def test_a_client_that_leaves_within_a_part_commits_nothing(
         if how == "reset":
             linger = struct.pack("ii", 1, 0)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-    daemon.wait_until(lambda: daemon.metric("relay_uploads") == 0, "the upload has ended")
+    daemon.wait_until(
+        lambda: daemon.metric("relay_uploads_in_progress") == 0, "the upload has ended"
+    )
     (transfer,) = transfers_in(rabbitmq.url, QUEUE, ended=1).values()
     assert not transfer.committed
     assert transfer.aborted == "client-gone"
@@ -161,7 +163,7 @@ def test_a_missing_exchange_is_named_and_other_uploads_go_on(
     body = content(4 * FRAME_SIZE)
     with RawConnection(daemon.address) as sibling:
         sibling.send(request("/upload/plain", body)[: 2 * FRAME_SIZE])
-        daemon.wait_until(lambda: daemon.metric("relay_uploads") == 1, "it has begun")
+        daemon.wait_until(lambda: daemon.metric("relay_uploads_in_progress") == 1, "it has begun")
         connects = daemon.metric("relay_broker_connects_total")
         for size in (0, 1, 9 * FRAME_SIZE):
             answer = upload(daemon, "missing", content(size))
@@ -253,7 +255,7 @@ def test_a_broker_killed_and_restarted_within_the_grace_costs_the_upload_nothing
         )
         victim.kill()
         daemon.wait_until(lambda: daemon.ready()[0] == 503, "the loss is noticed")
-        assert daemon.metric("relay_uploads") == 1
+        assert daemon.metric("relay_uploads_in_progress") == 1
         victim.start()
         answer = sender.answer()
         assert answer.status == 201

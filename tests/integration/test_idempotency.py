@@ -72,7 +72,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def replays(daemon: Daemon) -> float:
-    return daemon.metric('relay_uploads_finished_total{result="replayed"}')
+    return daemon.metric('relay_uploads_total{outcome="replayed",route="default"}')
 
 
 def test_the_same_key_again_is_replayed_and_uploaded_once(

@@ -116,7 +116,7 @@ class Belongings:
 
 def belongings(daemon: Daemon, node: RabbitMQNode) -> Belongings:
     """Wait until all uploads and connections have ended, then count."""
-    for metric in ("relay_uploads", "relay_window_bytes", "relay_window_waiting"):
+    for metric in ("relay_uploads_in_progress", "relay_window_bytes", "relay_window_waiting"):
         daemon.wait_until(lambda metric=metric: daemon.metric(metric) == 0, metric)  # type: ignore[misc]
     daemon.wait_until(lambda: clients_of(daemon) == 0, "all connections have ended")
     return Belongings(

@@ -15,7 +15,9 @@ from relay.errors import BrokerBlocked, RelayError
 from relay.model import Transfer
 from relay.server.admin import AdminHandler
 from relay.server.uploads import Uploads
+from relay.waits import Wait
 from tests.memory_broker import Answer, MemoryClient, connected
+from tests.server.a_status import a_status
 from tests.uploading import request
 
 
@@ -26,7 +28,13 @@ class Admin:
         self.uploads = Uploads(2)
         self.refusal: RelayError | None = None
         self.value = 7.0
-        self.handler = AdminHandler(HttpConfig(), self.uploads, lambda: self.refusal, self.metrics)
+        self.handler = AdminHandler(
+            HttpConfig(),
+            self.uploads,
+            lambda: self.refusal,
+            metrics=self.metrics,
+            status=lambda: a_status(),
+        )
 
     def metrics(self) -> Iterator[Metric]:
         yield GaugeMetricFamily("relay_test", "A number.", self.value)
@@ -100,17 +108,33 @@ async def test_transfers_lists_what_is_in_progress_oldest_first(
     with admin.uploads.enter(a_transfer(1, "zoë"), "192.0.2.1:5000") as first:
         await trio.sleep(10)
         with admin.uploads.enter(a_transfer(2), "192.0.2.2:6000") as second:
+            second.waits.begin(Wait.CLIENT)
             first.bytes_received = 40_000
-            first.waits_for = "broker"
+            first.waits.begin(Wait.BROKER)
             await trio.sleep(10)
             transfers = (await admin.get("/transfers")).json()["transfers"]
-            second.waits_for = "broker"
     known = ("transfer", "client", "peer", "bytes", "age_seconds", "bytes_per_second", "waits_for")
     assert [[transfer[key] for key in known] for transfer in transfers] == [
         ["id-1", "zoë", "192.0.2.1:5000", 40_000, 20.0, 2000, "broker"],
         ["id-2", None, "192.0.2.2:6000", 0, 10.0, 0, "client"],
     ]
     assert {transfer["route"] for transfer in transfers} == {"default"}
+
+
+async def test_status_is_the_figures_and_whether_it_is_ready(admin: Admin) -> None:
+    assert (await admin.get("/status")).json() == {"ready": True, "reason": None, **a_status()}
+    admin.refusal = BrokerBlocked("alarm")
+    status = (await admin.get("/status")).json()
+    assert (status["ready"], status["reason"]) == (False, "alarm")
+
+
+async def test_the_page_shows_the_same(admin: Admin) -> None:
+    with admin.uploads.enter(a_transfer(1, "zoë"), "192.0.2.1:5000"):
+        answer = await admin.get("/")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    for text in ("ready", "zoë", "192.0.2.1:5000"):
+        assert text in answer.body.decode()
 
 
 async def test_a_connection_serves_one_request_after_the_other(admin: Admin) -> None:
@@ -134,7 +158,6 @@ async def test_head_is_get_without_the_body(admin: Admin) -> None:
 @pytest.mark.parametrize(
     ("data", "status"),
     [
-        (get("/"), 404),
         (get("/upload"), 404),
         (get("/healthz/"), 404),
         (get("http://relay.test/healthz"), 404),

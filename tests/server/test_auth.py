@@ -176,7 +176,7 @@ async def test_one_client_cannot_take_all_the_room() -> None:
 
 async def test_the_operator_sees_who_uploads() -> None:
     server = Server()
-    admin = AdminHandler(HttpConfig(), server.uploads, lambda: None, list)
+    admin = AdminHandler(HttpConfig(), server.uploads, lambda: None, metrics=list, status=dict)
     async with server.client() as client:
         await client.send(request_head("/upload", 5, None, ALICE, EXPECT))
         assert (await client.answer()).status == 100
@@ -197,6 +197,6 @@ async def test_the_log_has_names_and_never_a_token(caplog: pytest.LogCaptureFixt
     await server.answer(ALICE, BOB)
     lines = [LogfmtFormatter().format(record) for record in caplog.records]
     assert any('msg="upload committed"' in line and " client=alice " in line for line in lines)
-    assert any(" client=bob " in line and " code=forbidden " in line for line in lines)
+    assert any(" client=bob " in line and " outcome=forbidden " in line for line in lines)
     assert len(lines) >= 5
     assert not any("secret" in line for line in lines)

@@ -12,6 +12,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from relay.config import ConfigError, HttpConfig, RouteConfig
+from relay.logs import fields_of
 from relay.server.handler import UploadHandler
 from relay.server.identity import Peer
 from relay.server.listeners import (
@@ -369,7 +370,9 @@ async def test_a_bug_under_an_upload_costs_that_upload_and_no_other(
             assert answer.closes
             assert await stream.receive_some() == b""
         await trio.testing.wait_all_tasks_blocked()
-        assert [record.levelno for record in caplog.records] == [logging.ERROR]
+        ended, bug = caplog.records
+        assert fields_of(ended)["outcome"] == code
+        assert bug.levelno == logging.ERROR
         assert len(uploads) == 0
         assert uploads.finished == {code: 1}
         setattr(broker, where, before)

@@ -10,6 +10,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from relay.errors import ClientBusy, ShuttingDown, TooManyUploads
 from relay.model import Transfer
 from relay.server.uploads import READ_BUDGET, READ_SIZE_MAX, READ_SIZE_MIN, UploadRecord, Uploads
+from relay.waits import Wait
 
 
 def a_transfer(number: int = 0) -> Transfer:
@@ -158,11 +159,32 @@ async def test_a_drain_that_is_hastened_ends_at_once(autojump_clock: MockClock) 
 
 def test_results_are_counted() -> None:
     uploads = Uploads(1)
-    uploads.count("committed", 10)
-    uploads.count("committed", 5)
+    uploads.count("committed", "default", 10)
+    uploads.count("committed", "other", 5)
+    uploads.count("too-slow", "other")
     uploads.count("too-slow")
-    assert uploads.finished == {"committed": 2, "too-slow": 1}
-    assert uploads.bytes_committed == 15
+    assert uploads.finished == {"committed": 2, "too-slow": 2}
+    assert uploads.ended["", "too-slow"] == uploads.ended["other", "too-slow"] == 1
+    assert uploads.committed_bytes == {"default": 10, "other": 5}
+
+
+async def test_totals_have_what_is_in_progress_and_what_has_ended(
+    autojump_clock: MockClock,
+) -> None:
+    uploads = Uploads(2)
+    with uploads.enter(a_transfer(), "a:1") as ended:
+        ended.bytes_received, ended.frames = 10, 1
+        ended.waits.begin(Wait.WINDOW)
+        await trio.sleep(3)
+        ended.waits.end()
+    with uploads.enter(a_transfer(), "a:1") as record:
+        record.bytes_received, record.frames = 5, 2
+        record.waits.begin(Wait.CLIENT)
+        await trio.sleep(4)
+        totals = uploads.totals
+    assert totals.bytes == {"default": 15}
+    assert totals.frames == {"default": 3}
+    assert totals.seconds == {Wait.CLIENT: 4, Wait.WINDOW: 3, Wait.BROKER: 0}
 
 
 async def test_connections_are_waited_for_until_they_are_gone() -> None:
