@@ -252,3 +252,8 @@ class ClientGone(RelayError):
     """The client closed or broke its connection before the end of its request."""
 
     code = "client-gone"
+
+
+def codes(of: type[RelayError] = RelayError) -> frozenset[str]:
+    """Every code that there is."""
+    return frozenset({of.code}).union(*(codes(kind) for kind in of.__subclasses__()))

@@ -6,6 +6,7 @@ Clients are never one.
 """
 
 import platform
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
@@ -17,7 +18,7 @@ from relay import __version__, logs, memory
 from relay.broker.pool import Pool
 from relay.broker.publisher import Publisher
 from relay.config import Config
-from relay.errors import BrokerBlocked, RelayError
+from relay.errors import BrokerBlocked, RelayError, codes
 from relay.protocol.confirms import Outcome
 from relay.pulse import Pulse
 from relay.server.idempotency import KeyMemory
@@ -39,7 +40,7 @@ class Figures:
         self._keys = keys
         self._pulse = pulse
         self._process = ProcessCollector(registry=None)
-        self._began = trio.current_time()
+        self._began = time.monotonic()
 
     def configure(self, config: Config) -> None:
         """Have the limits and routes of another configuration from now on."""
@@ -88,8 +89,10 @@ class Figures:
 
     def _upload_counters(self) -> Iterator[Metric]:
         uploads, totals = self._uploads, self._uploads.totals
-        # From the start on, so that a rate sees the first one, too.
-        ended = {(route, "committed"): 0 for route in self._config.routes} | uploads.ended
+        # From the start on: a counter that appears with its first event hides that from any rate.
+        outcomes = {"committed", "replayed", *codes()}
+        ended = {(route, outcome): 0 for route in self._config.routes for outcome in outcomes}
+        ended |= uploads.ended
         yield _counter(
             "uploads",
             "Requests that ended, by route and outcome: committed, replayed, or an error's code.",
@@ -154,7 +157,7 @@ class Figures:
         windows = [publisher.window for publisher in self._broker.publishers]
         return {
             "version": __version__,
-            "uptime_seconds": round(trio.current_time() - self._began),
+            "uptime_seconds": round(time.monotonic() - self._began),
             "uploads": {"in_progress": len(self._uploads), "limit": self._uploads.limit},
             "connections": {
                 "open": self._uploads.connections,

@@ -14,6 +14,17 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 _SETTLE_BUCKETS: Final = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 """Seconds: a disk with a cache of its own at one end, one that is dying at the other."""
 
+# From the start on: a counter that appears with its first event hides that from any rate.
+_FAULTS: Final = (
+    *("not-a-frame", "stray", "gap", "position", "checksum", "size", "digest", "totals"),
+    "refused",
+)
+_ENDS: Final = ("aborted", "expired", "repeated")
+
+
+def _none_of(kinds: tuple[str, ...]) -> Counter[str]:
+    return Counter(dict.fromkeys(kinds, 0))
+
 
 @dataclass(kw_only=True)
 class CommandFigures:
@@ -54,8 +65,8 @@ class Figures:
     transfers: int = 0
     frames: int = 0
     bytes: int = 0
-    rejected: Counter[str] = field(default_factory=Counter)
-    problems: Counter[str] = field(default_factory=Counter)
+    rejected: Counter[str] = field(default_factory=lambda: _none_of((*_FAULTS, "late")))
+    problems: Counter[str] = field(default_factory=lambda: _none_of((*_FAULTS, *_ENDS)))
     reconnects: int = 0
     open_transfers: int = 0
     unsettled: int = 0

@@ -301,7 +301,7 @@ def test_a_client_faster_than_the_broker_is_slowed_and_not_buffered(
                     "the window is full",
                 )
                 daemon.wait_until(
-                    lambda: daemon.transfers()[0]["waits_for"] == "broker", "it waits"
+                    lambda: daemon.transfers()[0]["waits_for"] == "window", "it waits"
                 )
                 assert int(str(daemon.transfers()[0]["bytes"])) < upload_window + 2 * MIB
                 assert sender.sent < size
