@@ -171,7 +171,9 @@ class UploadHandler:
         return response
 
     def _failed(self, about: "_About", error: RelayError) -> None:
-        extra = about.fields(error.code, status=error.status)
+        # Whoever is gone gets no answer.
+        status = None if isinstance(error, ClientGone) else error.status
+        extra = about.fields(error.code, status=status)
         log.warning("upload failed: %s", error.detail, extra=extra)
         self._uploads.count(error.code, about.route)
 

@@ -128,7 +128,7 @@ def test_an_alarm_holds_an_upload_and_refuses_new_ones_before_their_body(
             daemon.wait_until(
                 lambda: daemon.metric("relay_window_bytes") > MIB - FRAME, "the window is full"
             )
-            daemon.wait_until(lambda: daemon.transfers()[0]["waits_for"] == "window", "it waits")
+            daemon.wait_until(lambda: daemon.transfers()[0]["waits_for"] == "broker", "it waits")
             for expect in ([], ["Expect: 100-continue"]):
                 with RawConnection(daemon.address) as late:
                     late.send(request_head("/upload/plain", MIB, None, *expect))

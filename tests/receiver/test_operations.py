@@ -70,6 +70,12 @@ def test_a_batch_is_counted_in_every_way() -> None:
     assert found.pop("relay_receive_last_delivery_timestamp_seconds") > 1.7e9
     assert found.pop("relay_receive_settle_seconds_bucket{0.01}") == 0
     assert found.pop("relay_receive_settle_seconds_bucket{0.02}") == 1
+    # What has not happened is counted, too: as 0.
+    kinds = [name for name in found if "{" in name and "settle_seconds" not in name]
+    assert len(kinds) == 10 + 12
+    for name in kinds:
+        if not found[name]:
+            del found[name]
     assert {name: value for name, value in found.items() if "settle_seconds_b" not in name} == {
         "relay_receive_transfers_total": 2,
         "relay_receive_frames_total": 4,
