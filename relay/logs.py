@@ -96,6 +96,8 @@ class Unrepeated(logging.Handler):
             key = (record.levelno, record.getMessage())
             if key in self._told:
                 since, _, number = self._told[key]
+                # It was told the first time; kept, it would keep an upload's buffers.
+                record.exc_info = None
                 self._told[key] = since, record, number + 1
                 return
             if len(self._told) >= _TEXTS_MAX:

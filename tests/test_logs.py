@@ -337,6 +337,14 @@ def test_what_was_held_back_is_told_with_the_next_line_whatever_it_is(kept: Kept
     assert kept.lines == ["broker away", "started", "broker away x4", "stopped"]
 
 
+def test_what_is_held_back_keeps_no_traceback_and_with_it_no_buffers(kept: Kept) -> None:
+    handler = Unrepeated(kept)
+    records = [a_record("bug", level=logging.ERROR, exc_info=ZeroDivisionError()) for _ in "ab"]
+    for record in records:
+        handler.handle(record)
+    assert [record.exc_info is None for record in records] == [False, True]
+
+
 def test_texts_and_levels_are_counted_apart(kept: Kept) -> None:
     handler = Unrepeated(kept)
     for record in (at(0, "a"), at(0, "b"), at(0, "a", logging.ERROR), at(0, "a")):
