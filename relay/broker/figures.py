@@ -17,7 +17,7 @@ class Figures:
     """Since the start of the process.
 
     Attributes:
-        confirm_seconds: from publishing a frame to its confirm; one frame of each upload at a time.
+        confirm_seconds: from publishing a frame to its confirm; of one frame in 16.
         republished: frames published once more, after a lost connection or a nack.
         unacked: frames that were nacked or returned.
     """
@@ -25,7 +25,7 @@ class Figures:
     confirm_seconds: Histogram = field(
         default_factory=lambda: Histogram(
             "relay_confirm_seconds",
-            "Seconds from publishing a frame to its confirm; one frame of each upload at a time.",
+            "Seconds from publishing a frame to its confirm; of one frame in 16.",
             registry=None,
             buckets=_CONFIRM_BUCKETS,
         )
