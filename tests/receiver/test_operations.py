@@ -28,7 +28,7 @@ from tests.memory_work import MemoryWork
 from tests.notify_socket import Manager
 from tests.receiving import FRAME, cut
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "relay/receiver/README.md"
 
 
 def delivered(number: int = 1, **about: str) -> Delivered:
