@@ -9,7 +9,7 @@ without.
 Two things bound what is held: the prefetch, in messages, and HELD_MAX, in bytes, beyond which
 nothing more is read from the connection. A prefetch alone would not do: a frame may have 16 MiB,
 and streams deliver by whole blocks of messages, beyond the prefetch (RabbitMQ 3.10). Headers count
-as what they take in memory, which for a table made for it is 40 times what came.
+as what they take in memory, which for a table made for it is some 20 times what came.
 """
 
 import sys
