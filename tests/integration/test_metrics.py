@@ -327,9 +327,9 @@ def test_each_upload_has_one_line_at_its_end(life: Life) -> None:
     for line in committed:
         assert line["msg"] == "upload committed"
         assert line["level"] == "info"
-        assert float(line["rate"]) == pytest.approx(
-            int(line["bytes"]) / float(line["seconds"]), rel=0.02
-        )
+        # The line has whole milliseconds, and small uploads take few of them.
+        seconds = int(line["bytes"]) / float(line["rate"])
+        assert seconds == pytest.approx(float(line["seconds"]), abs=0.002)
         assert float(line["waited"]) <= float(line["seconds"])
     held = [line for line in committed if line["bytes"] == str(32 * MIB)]
     assert [line["frames"] for line in held] == ["257"] * 3
@@ -363,8 +363,9 @@ def test_a_trace_goes_into_frames_and_log(life: Life) -> None:
 def test_every_metric_is_documented_and_every_documented_one_is_there(
     life: Life, receiver_samples: Samples
 ) -> None:
-    readme = (ROOT / "README.md").read_text()
-    documented = set(re.findall(r"`((?:relay|process)_[a-z_]+)", readme))
+    readmes = [ROOT / "README.md", ROOT / "relay" / "receiver" / "README.md"]
+    text = "\n".join(readme.read_text() for readme in readmes)
+    documented = set(re.findall(r"`((?:relay|process)_[a-z_]+)", text))
     there = {
         re.sub("_(bucket|sum|count)$", "", name)
         for name in names(life.scrapes["end"]) | names(receiver_samples)
