@@ -32,6 +32,7 @@ from relay.server import listeners, tokens
 from relay.server.admin import AdminHandler
 from relay.server.handler import UploadHandler
 from relay.server.identity import Access, Peer
+from relay.server.overflow import LINGERING_MAX, Overflow
 from relay.server.pages import CONNECTIONS_MAX
 from relay.server.tls import TlsServer
 from relay.server.tokens import Tokens
@@ -51,6 +52,9 @@ Inherited = Mapping[str, Sequence[socket.socket]]
 START_PATIENCE = 2.0
 """Seconds for which the first clients wait for the broker to be connected, in the kernel's backlog:
 those that waited for a restart must not be refused for coming too early."""
+
+FILES_RESERVED = 32
+"""File descriptors that are kept from uploads: for the daemon's own, the broker, and probes."""
 
 GOODBYE = 2.0
 """Seconds for last responses, and again for the AMQP goodbye, once no upload is left."""
@@ -88,7 +92,9 @@ class Daemon:
         self._read = read or (lambda: config)
         self._accepting = trio.CancelScope()
         self._uploads = Uploads(
-            config.http.max_uploads, per_client=config.http.max_uploads_per_client
+            config.http.max_uploads,
+            per_client=config.http.max_uploads_per_client,
+            client_rate=config.http.max_client_rate,
         )
         self._broker = Pool(config.amqp, config.routes, verify=self.verify)
         self._verify_at = -math.inf
@@ -97,10 +103,12 @@ class Daemon:
             config.http, config.routes, self._broker, self._uploads, self._access
         )
         self._tls = self._tls_server(config.http)
+        limit, lingering = _connections(config.http.max_connections)
+        self._overflow = Overflow(limit, lingering=lingering, has_tls=self._tls is not None)
         self._complaint = ""
         self._pulse = Pulse(lambda: self._uploads.bytes_received)
         self._figures = Figures(
-            config, self._uploads, self._broker, self._handler.keys, self._pulse
+            config, self._uploads, self._broker, self._handler.keys, self._pulse, self._overflow
         )
         self._admin = AdminHandler(
             config.http,
@@ -162,7 +170,8 @@ class Daemon:
             await listeners.serve(
                 upload_listeners,
                 self._serve_connection,
-                limit=self._config.http.max_connections,
+                limit=self._overflow.limit,
+                refuse=self._overflow.refuse,
                 nursery=nursery,
             )
 
@@ -171,7 +180,11 @@ class Daemon:
     ) -> None:
         if admin_listeners:
             await listeners.serve(
-                admin_listeners, self._admin.serve, limit=CONNECTIONS_MAX, nursery=nursery
+                admin_listeners,
+                self._admin.serve,
+                limit=CONNECTIONS_MAX,
+                refuse=Overflow(CONNECTIONS_MAX, lingering=CONNECTIONS_MAX).refuse,
+                nursery=nursery,
             )
 
     async def _tell_systemd(self) -> None:
@@ -215,11 +228,14 @@ class Daemon:
         if (config.amqp, config.routes) != (running.amqp, running.routes):
             await self._broker.renew(config.amqp, config.routes)
         self._config, self._tls = config, tls
+        self._overflow.has_tls = tls is not None
         self._access.configure(tokens=valid, anonymous=_anonymous(config))
         self._handler.configure(config.http, config.routes)
         self._figures.configure(config)
         self._uploads.configure(
-            config.http.max_uploads, per_client=config.http.max_uploads_per_client
+            config.http.max_uploads,
+            per_client=config.http.max_uploads_per_client,
+            client_rate=config.http.max_client_rate,
         )
         return kept
 
@@ -291,3 +307,28 @@ def _raise_file_limit() -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _connections(wanted: int) -> tuple[int, int]:
+    """How many connections there may be, and how many more that are being refused.
+
+    ``wanted``, unless there are too few file descriptors: without any, a client would wait for its
+    refusal, a lost broker could not be connected again, and nobody could ask what is wrong.
+    """
+    files = resource.RLIM_INFINITY
+    with suppress(PermissionError):
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files == resource.RLIM_INFINITY:
+        return wanted, LINGERING_MAX
+    room = max(2, files - FILES_RESERVED)
+    lingering = max(1, min(LINGERING_MAX, room // 5))
+    limit = min(wanted, room - lingering)
+    if limit < wanted:
+        log.warning(
+            "only %d connections instead of max_connections = %d: no more than %d files may be"
+            " open (LimitNOFILE)",
+            limit,
+            wanted,
+            files,
+        )
+    return limit, lingering

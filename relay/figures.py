@@ -22,6 +22,7 @@ from relay.errors import BrokerBlocked, RelayError, codes
 from relay.protocol.confirms import Outcome
 from relay.pulse import Pulse
 from relay.server.idempotency import KeyMemory
+from relay.server.overflow import Overflow
 from relay.server.uploads import Uploads
 
 STATES: Final = ("up", "blocked", "down")
@@ -32,8 +33,15 @@ class Figures:
     """Reads what there is to be read."""
 
     def __init__(
-        self, config: Config, uploads: Uploads, broker: Pool, keys: KeyMemory, pulse: Pulse
+        self,
+        config: Config,
+        uploads: Uploads,
+        broker: Pool,
+        keys: KeyMemory,
+        pulse: Pulse,
+        overflow: Overflow,
     ) -> None:
+        self._overflow = overflow
         self.configure(config)
         self._uploads = uploads
         self._broker = broker
@@ -60,13 +68,12 @@ class Figures:
         yield from self._process.collect()
 
     def _gauges(self) -> Iterator[tuple[str, str, float]]:
-        http = self._config.http
         windows = [publisher.window for publisher in self._broker.publishers]
         tasks = trio.lowlevel.current_statistics().tasks_living
         yield "uploads_in_progress", "Uploads in progress.", len(self._uploads)
         yield "uploads_limit", "Uploads that may be in progress.", self._uploads.limit
         yield "connections", "Connections of clients.", self._uploads.connections
-        yield "connections_limit", "Connections that clients may have.", http.max_connections
+        yield "connections_limit", "Connections that clients may have.", self._overflow.limit
         yield (
             "window_bytes",
             "Bytes published and unconfirmed.",
@@ -106,6 +113,9 @@ class Figures:
         ):
             values = (((route,), by_route[route]) for route in self._config.routes)
             yield _counter(name, text, values, labels=("route",))
+        yield _counter(
+            "connections_refused", "Connections too many.", [((), self._overflow.refused)]
+        )
         yield _counter(
             "upload_wait_seconds",
             "Seconds that uploads have waited, by what for: client, window or broker.",
@@ -161,7 +171,7 @@ class Figures:
             "uploads": {"in_progress": len(self._uploads), "limit": self._uploads.limit},
             "connections": {
                 "open": self._uploads.connections,
-                "limit": self._config.http.max_connections,
+                "limit": self._overflow.limit,
             },
             "bytes_received": self._uploads.bytes_received,
             "bytes_per_second": round(self._pulse.rate),

@@ -71,12 +71,14 @@ TABLE = """
     server.admin           | trio prometheus_client  | broker transfer protocol
     server.handler         | trio                    | broker
     server.pages           | trio prometheus_client  | broker transfer protocol server.uploads
+    server.overflow        | trio                    | broker transfer protocol server.uploads
     server.tls             | trio                    | broker transfer protocol
     server.connection      | trio h11                | broker transfer
     server.tls_stream      | trio                    | all
     server.uploads         | trio                    | broker transfer protocol
     server.idle            | trio                    | all
     server.status          |                         | all but server.responses
+    server.pace            | trio                    | all
     server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol
     server.identity        |                         | all but server.tokens config errors

@@ -46,7 +46,9 @@ header_timeout = "10 s"            # the whole request head
 body_idle_timeout = "30 s"         # runs only while the daemon is reading
 min_body_rate = "1 KiB"            # per second, after the grace; likewise
 min_body_rate_grace = "10 s"
+max_client_rate = 0                # bytes per second of one client, in all its uploads
 keep_alive_timeout = "60 s"
+keep_alive_requests = 1000
 drain_timeout = "30 s"
 receipt_parts = 100
 
@@ -210,7 +212,9 @@ CHANGED: dict[str, tuple[object, object]] = {
     "http.body_idle_timeout": (2, 2.0),
     "http.min_body_rate": (0, 0),
     "http.min_body_rate_grace": ("0 s", 0.0),
+    "http.max_client_rate": ("10 MiB", 10 << 20),
     "http.keep_alive_timeout": ("1 min", 60.0),
+    "http.keep_alive_requests": (1, 1),
     "http.drain_timeout": (0, 0.0),
     "http.receipt_parts": (0, 0),
     "amqp.urls": (["amqp://a", "amqp://b:1/x"], ("amqp://a", "amqp://b:1/x")),
@@ -268,7 +272,7 @@ def kind_of(path: str) -> str:
     default = KEYS[path]
     if path in {"log.level", "log.format", "routes.NAME.queue.type"}:
         return "choice"
-    if path.endswith(("_bytes", "frame_size")) or str(default).endswith("iB"):
+    if path.endswith(("_bytes", "frame_size", "_rate")) or str(default).endswith("iB"):
         return "size"
     if str(default).endswith(" s"):
         return "duration"

@@ -55,7 +55,7 @@ class HttpConnection:
         self._h11 = h11.Connection(h11.SERVER)
         self._unread = b""
         self._head = b""
-        self._is_first = True
+        self._heads = 0
         self._is_head = False
         self.awaits_response = False
         # Of the body in progress:
@@ -76,8 +76,9 @@ class HttpConnection:
         self._h11 = h11.Connection(h11.SERVER, self._config.max_header_bytes * 2)
         self._is_head = False
         reader = HeadReader(max_bytes=self._config.max_header_bytes)
-        timeout = self._config.header_timeout if self._is_first else self._config.keep_alive_timeout
-        self._is_first = False
+        is_first = self._heads == 0
+        self._heads += 1
+        timeout = self._config.header_timeout if is_first else self._config.keep_alive_timeout
         deadline = trio.current_time() + timeout
         while not reader.done:
             if not self._unread and not await self._read_head(reader, deadline):
@@ -134,6 +135,11 @@ class HttpConnection:
     def body_read(self) -> bool:
         """Whether the body has been received to its end."""
         return not self._left and self._chunked is None
+
+    @property
+    def reusable(self) -> bool:
+        """Whether a further request may follow the one in progress, as far as it is known here."""
+        return self.body_read and self._heads < self._config.keep_alive_requests
 
     async def receive(self, max_bytes: int = READ_SIZE) -> bytes:
         """The next bytes of the body, at most ``max_bytes``; empty at its end.

@@ -126,7 +126,7 @@ class UploadHandler:
             await connection.respond(refusal, close=True)
             return False
         response = await self._upload(connection, head, peer)
-        keep = head.keep_alive and connection.body_read and not self._uploads.draining
+        keep = head.keep_alive and connection.reusable and not self._uploads.draining
         await connection.respond(response, close=not keep)
         return keep
 
@@ -241,12 +241,16 @@ class UploadHandler:
             digests=tuple(dict.fromkeys(asked)),
             receipt_parts=self._config.receipt_parts,
         )
-        waits = record.waits
+        waits, pace = record.waits, self._uploads.pace
 
         async def receive() -> bytes:
             waits.begin(Wait.CLIENT)
-            data = await connection.receive(record.read_size)
+            # While its rate is used up nobody reads it, and no clock runs against it.
+            if not connection.body_read:
+                await pace.wait(record.who)
+            data = await connection.receive(pace.read_size(record.read_size))
             waits.end()
+            pace.count(record.who, len(data))
             record.bytes_received += len(data)
             record.frames = framer.frames
             if route.max_bytes and record.bytes_received > route.max_bytes:

@@ -1,8 +1,9 @@
-"""Listening sockets, and no more connections than allowed.
+"""Listening sockets, and no more connections served than allowed.
 
-Accepts nothing while the limit is reached: further clients wait in the kernel's backlog, where
-they cost the daemon nothing. Sockets may come from systemd (sd_listen_fds(3)), which keeps them
-open when the daemon is restarted. Its own few lines, as for sd_notify: three variables.
+Accepts all the same while the limit is reached, and hands what is too many to whoever refuses it: a
+client that is told at once can go elsewhere, and one in the kernel's backlog waits without a word.
+Sockets may come from systemd (sd_listen_fds(3)), which keeps them open when the daemon is
+restarted. Its own few lines, as for sd_notify: three variables.
 """
 
 import errno
@@ -20,11 +21,12 @@ import trio
 from relay.config import ConfigError
 from relay.logs import fields
 from relay.server.identity import Peer
+from relay.server.overflow import Overflow
 
 log = logging.getLogger(__name__)
 
 Serve = Callable[[trio.SocketStream, Peer], Awaitable[None]]
-"""Serves one connection to its end."""
+"""Serves one connection to its end, or refuses it."""
 
 _CREDENTIALS: Final = struct.Struct("iII")
 """pid, uid and gid of the process that connected (unix(7), SO_PEERCRED)."""
@@ -146,55 +148,41 @@ def address_of(listening: trio.SocketListener | socket.socket) -> str:
     return f"unix:{name}" if isinstance(name, str) else _host_port(name)
 
 
-class LimitedListener(trio.abc.Listener[trio.SocketStream]):
-    """Accepts only while one of ``slots`` is free; its user gives the slot back."""
-
-    def __init__(self, listener: trio.SocketListener, slots: trio.Semaphore) -> None:
-        self._listener = listener
-        self._slots = slots
-
-    async def accept(self) -> trio.SocketStream:
-        """The next connection, once there is a slot for it."""
-        await self._slots.acquire()
-        try:
-            return await self._listener.accept()
-        except BaseException:
-            self._slots.release()
-            raise
-
-    async def aclose(self) -> None:
-        """Close the listening socket."""
-        await self._listener.aclose()
-
-
 async def serve(
     listeners: Sequence[trio.SocketListener],
     serve_one: Serve,
     *,
     limit: int,
+    refuse: Serve | None = None,
     nursery: trio.Nursery,
 ) -> None:
     """Accept connections until cancelled; each is served in ``nursery``, at most ``limit``.
 
+    Those beyond are for ``refuse``, which bounds for itself how many it keeps, and how long; if
+    none is given, for an ``Overflow``.
     This is the one place where an unexpected exception stops: it costs its connection and is
     logged, and the daemon lives on.
     """
     slots = trio.Semaphore(limit)
+    refuse = refuse or Overflow(limit).refuse
 
     async def handle(stream: trio.SocketStream) -> None:
         peer = _peer(stream)
+        if has_slot := slots.value > 0:
+            slots.acquire_nowait()
         try:
-            await serve_one(stream, peer)
+            await (serve_one if has_slot else refuse)(stream, peer)
         except Exception:
             log.exception(
                 "bug: unexpected exception on a connection", extra=fields(peer=peer.address)
             )
         finally:
-            slots.release()
+            # Before its client can see the end and come again.
+            if has_slot:
+                slots.release()
             await trio.aclose_forcefully(stream)
 
-    limited = [LimitedListener(listener, slots) for listener in listeners]
-    await trio.serve_listeners(handle, limited, handler_nursery=nursery)
+    await trio.serve_listeners(handle, list(listeners), handler_nursery=nursery)
 
 
 def _peer(stream: trio.SocketStream) -> Peer:

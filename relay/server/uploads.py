@@ -11,6 +11,7 @@ import trio
 from relay.errors import ClientBusy, ShuttingDown, TooManyUploads
 from relay.model import Transfer
 from relay.server.idle import Idle
+from relay.server.pace import Pace
 from relay.waits import Wait, Waits
 
 READ_SIZE_MIN: Final = 64 * 1024
@@ -56,6 +57,11 @@ class UploadRecord:
     may_be_committed: bool = False
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
 
+    @property
+    def who(self) -> tuple[str | None, str]:
+        """The client that limits are for: its name, or none and its host."""
+        return _who(self.transfer.client, self.peer)
+
 
 @dataclass(kw_only=True)
 class Totals:
@@ -90,9 +96,10 @@ class Uploads:
         limit: of uploads at once.
     """
 
-    def __init__(self, limit: int, *, per_client: int = 0) -> None:
-        """At most ``limit`` at once, and ``per_client`` of one client; 0: no such limit."""
-        self.configure(limit, per_client=per_client)
+    def __init__(self, limit: int, *, per_client: int = 0, client_rate: int = 0) -> None:
+        """The arguments are those of ``configure``."""
+        self.pace = Pace(client_rate)
+        self.configure(limit, per_client=per_client, client_rate=client_rate)
         self._records: set[UploadRecord] = set()
         self.connections = 0
         self._changed = trio.lowlevel.ParkingLot()
@@ -106,10 +113,15 @@ class Uploads:
         self._bytes_of_ended = 0
         self._totals_of_ended = Totals()
 
-    def configure(self, limit: int, *, per_client: int) -> None:
-        """Have other limits for those that come from now on."""
+    def configure(self, limit: int, *, per_client: int, client_rate: int) -> None:
+        """Have these limits for those that come from now on; the rate for all.
+
+        At most ``limit`` at once, and ``per_client`` of one client; ``client_rate``: bytes per
+        second of one client, in all its uploads. 0: no limit of that kind.
+        """
         self.limit = limit
         self._per_client = per_client
+        self.pace.rate = client_rate
 
     def __len__(self) -> int:
         return len(self._records)
@@ -161,7 +173,7 @@ class Uploads:
             raise ClientBusy(f"{self._per_client} uploads of this client are in progress")
 
     def _count_of(self, who: _Who) -> int:
-        return sum(_who(record.transfer.client, record.peer) == who for record in self._records)
+        return sum(record.who == who for record in self._records)
 
     @contextmanager
     def enter(self, transfer: Transfer, peer: str) -> Iterator[UploadRecord]:

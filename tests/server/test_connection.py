@@ -274,6 +274,26 @@ async def test_a_client_that_leaves_before_the_end_of_its_body_is_gone(
         await read_all(connection)
 
 
+async def test_a_connection_serves_only_so_many_requests() -> None:
+    client, connection = new_connection(keep_alive_requests=3)
+    reusable = []
+    for _ in range(3):
+        await client.send(EMPTY)
+        await connection.next_head()
+        connection.begin_body(0)
+        reusable.append(connection.reusable)
+        await connection.respond(OK, close=False)
+    assert reusable == [True, True, False]
+
+
+async def test_a_connection_whose_body_was_not_read_is_not_used_again() -> None:
+    client, connection = new_connection()
+    await client.send(HEAD)
+    await connection.next_head()
+    connection.begin_body(10)
+    assert not connection.reusable
+
+
 # --- deadlines of bodies -----------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self.broker = MemoryBroker()
-        self.uploads = Uploads(self.config.max_uploads)
+        self.uploads = Uploads(self.config.max_uploads, client_rate=self.config.max_client_rate)
         self.handler = UploadHandler(self.config, self.routes, self.broker, self.uploads)
 
     @property
@@ -733,6 +733,27 @@ async def test_a_half_closed_connection_still_gets_its_answer(server: Server) ->
 
 
 # --- the end of the daemon ---------------------------------------------------------------------
+
+
+async def test_the_last_request_that_a_connection_may_have_is_answered_with_its_end() -> None:
+    server = Server(HttpConfig(keep_alive_requests=2))
+    async with server.client() as client:
+        # The third one was sent in good faith, too; it is neither answered nor uploaded.
+        await client.send(put(b"1") + put(b"2") + put(b"3"))
+        answers = [await client.answer(), await client.answer()]
+        assert [(answer.status, answer.closes) for answer in answers] == [(201, False), (201, True)]
+        assert await client.ends()
+    assert [sink.body for sink in server.broker.sinks] == [b"1", b"2"]
+
+
+async def test_a_client_that_is_read_no_faster_than_its_rate_is_not_too_slow(
+    autojump_clock: MockClock,
+) -> None:
+    server = Server(HttpConfig(max_client_rate=1000, min_body_rate=10_000))
+    async with server.client(slow_upstream_pair, patience=300) as client:
+        answer = await client.exchange(put(bytes(100_000)))
+        assert answer.status == 201
+    assert 90 <= trio.current_time() <= 100
 
 
 async def test_a_drain_lets_uploads_finish_and_closes_their_connections(

@@ -18,7 +18,6 @@ from relay.server.identity import Peer
 from relay.server.listeners import (
     ADMIN,
     HTTP,
-    LimitedListener,
     ListenError,
     Serve,
     address_of,
@@ -256,66 +255,46 @@ async def test_a_file_that_is_no_socket_is_left_alone(tmp_path: Path) -> None:
 # --- limits ------------------------------------------------------------------------------------
 
 
-async def test_no_more_connections_are_served_at_once_than_allowed() -> None:
-    now = peak = total = 0
-    leave = trio.Event()
-    full = trio.Event()
+async def refusal(stream: trio.SocketStream) -> dict[str, object]:
+    """The answer to a connection too many, which nobody has asked for anything."""
+    answer = await MemoryClient(stream).answer()
+    assert (answer.status, answer.headers["retry-after"], answer.closes) == (503, "5", True)
+    assert await stream.receive_some() == b""
+    document: dict[str, object] = answer.json()
+    return document
 
-    async def count(stream: trio.SocketStream, _: Peer) -> None:
-        nonlocal now, peak, total
-        now += 1
-        total += 1
-        peak = max(peak, now)
-        if now == 3:
-            full.set()
-        await leave.wait()
-        # Others get their turn before this one is done.
-        await wait_all_tasks_blocked()
-        now -= 1
 
-    async with listening(count, limit=3) as (address,):
-        streams = [await connect(address) for _ in range(10)]
-        await full.wait()
-        leave.set()
-        for stream in streams:
-            assert await stream.receive_some() == b""
+async def test_no_more_connections_are_served_at_once_than_allowed_and_others_are_told() -> None:
+    async with listening(echo, limit=3) as (address,):
+        inside = [await connect(address) for _ in range(3)]
+        for stream in inside:
+            await stream.send_all(b"x")
+            await stream.receive_some()
+        for _ in range(10):
+            async with await connect(address) as stream:
+                document = await refusal(stream)
+                assert (document["status"], document["code"]) == (503, "too-many-uploads")
+                assert "3 connections" in str(document["detail"])
+        # Those inside have noticed nothing, and who leaves makes room.
+        for stream in inside:
+            await stream.send_all(b"y")
+            assert (await stream.receive_some()).endswith(b" y")
+        await inside.pop().aclose()
+        while not (await echoed(address)).startswith(b"127.0.0.1:"):
+            await trio.lowlevel.checkpoint()
+        for stream in inside:
             await stream.aclose()
-    assert (peak, total) == (3, 10)
 
 
 async def test_the_limit_is_for_all_addresses_together(tmp_path: Path) -> None:
-    peers: list[str] = []
-    first_is_in = trio.Event()
-    leave = trio.Event()
-
-    async def hold(_stream: trio.SocketStream, peer: Peer) -> None:
-        peers.append(peer.address)
-        first_is_in.set()
-        await leave.wait()
-
-    async with listening(hold, LOOPBACK, f"unix:{tmp_path}/relay.sock", limit=1) as addresses:
-        streams = [await connect(address) for address in addresses]
-        await first_is_in.wait()
-        await wait_all_tasks_blocked(0.01)
-        assert len(peers) == 1
-        leave.set()
-        for stream in streams:
-            assert await stream.receive_some() == b""
-            await stream.aclose()
-        assert len(peers) == 2
-
-
-async def test_a_slot_is_free_again_when_accepting_fails_or_is_cancelled() -> None:
-    (inner,) = await open_listeners([LOOPBACK])
-    slots = trio.Semaphore(1)
-    listener = LimitedListener(inner, slots)
-    with trio.move_on_after(0):
-        await listener.accept()
-    assert slots.value == 1
-    await listener.aclose()
-    with pytest.raises(trio.ClosedResourceError):
-        await listener.accept()
-    assert slots.value == 1
+    async with listening(echo, LOOPBACK, f"unix:{tmp_path}/relay.sock", limit=1) as addresses:
+        for first, second in (addresses, reversed(addresses)):
+            async with await connect(first) as inside:
+                await inside.send_all(b"x")
+                assert (await inside.receive_some()).endswith(b" x")
+                async with await connect(second) as stream:
+                    await refusal(stream)
+            await wait_all_tasks_blocked(0.01)
 
 
 # --- exceptions --------------------------------------------------------------------------------
