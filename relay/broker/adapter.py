@@ -4,9 +4,10 @@ pika implements the protocol; this module moves its bytes. It is the only place 
 pika's private hooks (``_adapter_*``, ``_on_*``), which is why pyproject.toml pins pika's minor
 version. It knows nothing of transfers, confirms or reconnecting: one stream, driven until it ends.
 
-Two things differ from pika's own adapters. Message bodies are queued as they are, never copied
-into an AMQP frame, and leave with ``sendmsg`` of many buffers. And nothing here bounds the queue:
-pika's writes are synchronous, so whoever publishes bounds what is outstanding (``window.py``).
+Three things differ from pika's own adapters. Message bodies are queued as they are, never copied
+into an AMQP frame, and leave with ``sendmsg`` of many buffers. Channels take turns: nothing waits
+for all that another channel has queued before. And nothing here bounds the queue: pika's writes are
+synchronous, so whoever publishes bounds what is outstanding (``window.py``).
 """
 
 import ssl
@@ -30,6 +31,10 @@ READ_SIZE: Final = 64 * 1024
 SENDMSG_BUFFERS: Final = 64
 """Buffers per system call: about twenty frames, some MiB, far below IOV_MAX (1024)."""
 
+STAGE_SIZE: Final = 512 * 1024
+"""Bytes that are next, in an order that is settled: a message that comes now waits for those, and
+for one message of each other channel. Some frames, so that a system call is worth its price."""
+
 JOIN_SIZE: Final = 256 * 1024
 """Bytes written at once to a stream that takes no list of buffers, such as TLS: 16 full records
 of it. It holds copies of them, joined and encrypted, while they are on their way."""
@@ -48,6 +53,8 @@ _FRAME_END: Final = bytes([FRAME_END])
 # The whole AMQP frame of a basic.ack: type, channel, payload size, method, tag, bits, frame end.
 _ACK: Final = struct.Struct(">BHIIQBB")
 _IS_ACK: Final = (FRAME_METHOD, 13, Basic.Ack.INDEX, FRAME_END)
+
+Buffer = bytes | memoryview
 
 OnAck = Callable[[int, bool], None]
 """Takes a delivery tag and whether it stands for all up to it."""
@@ -89,7 +96,11 @@ class TrioConnection(Connection):
     ) -> None:
         """``on_closed`` is called exactly once if ``run`` is, also when opening failed."""
         self._stream = stream
-        self._queue: deque[bytes | memoryview] = deque()
+        # What is next, and behind it what is queued: by channel, and whose turn it is.
+        self._stage: deque[Buffer] = deque()
+        self._staged = 0
+        self._lanes: dict[int, deque[tuple[Buffer, ...]]] = {}
+        self._turns: deque[int] = deque()
         self._queued = 0
         self._writable = trio.lowlevel.ParkingLot()
         self._paused = False
@@ -125,8 +136,10 @@ class TrioConnection(Connection):
             # Also when cancelled from outside: whoever waits for a confirm must learn of it.
             if self._lost is None and self._error is None:
                 self._lost = pika.exceptions.StreamLostError("the connection was abandoned")
-            self._queue.clear()
-            self._queued = 0
+            self._stage.clear()
+            self._turns.clear()
+            self._lanes.clear()
+            self._queued = self._staged = 0
             try:
                 await trio.aclose_forcefully(self._stream)
             finally:
@@ -150,17 +163,18 @@ class TrioConnection(Connection):
         if size <= self._body_max_length:
             if size:
                 head += _FRAME_START.pack(FRAME_BODY, channel_number, size)
-                self._emit(head, body, _FRAME_END)
+                self._emit(channel_number, head, body, _FRAME_END)
             else:
-                self._emit(head)
+                self._emit(channel_number, head)
             return
         view = memoryview(body)
+        buffers: list[Buffer] = []
         for start in range(0, size, self._body_max_length):
             piece = view[start : start + self._body_max_length]
             head += _FRAME_START.pack(FRAME_BODY, channel_number, len(piece))
-            self._emit(head, piece)
+            buffers += (head, piece)
             head = _FRAME_END
-        self._emit(head)
+        self._emit(channel_number, *buffers, head)
 
     def pause_reading(self) -> None:
         """Read no more until ``resume_reading``; what has been read is still handled.
@@ -184,10 +198,21 @@ class TrioConnection(Connection):
 
     # --- moving bytes --------------------------------------------------------------------------
 
-    def _emit(self, *buffers: bytes | memoryview) -> None:
-        for buffer in buffers:
-            self.bytes_sent += len(buffer)
-            self._adapter_emit_data(buffer)
+    def _emit(self, channel: int, *buffers: Buffer) -> None:
+        """Queue whole AMQP frames of a channel, between which no other's may come."""
+        size = sum(map(len, buffers))
+        self.bytes_sent += size
+        self._enqueue(channel, buffers, size)
+
+    def _enqueue(self, channel: int, buffers: tuple[Buffer, ...], size: int) -> None:
+        lane = self._lanes.get(channel)
+        if lane is None:
+            lane = self._lanes[channel] = deque()
+            self._turns.append(channel)
+        lane.append(buffers)
+        self._queued += size
+        if self._writable:
+            self._writable.unpark()
 
     async def _read(self) -> None:
         try:
@@ -232,25 +257,39 @@ class TrioConnection(Connection):
     async def _write(self) -> None:
         try:
             while True:
-                while not self._queue:
+                while not self._queued:
                     await self._writable.park()
+                self._fill_stage()
                 self._sent(await self._send())
         except (trio.BrokenResourceError, OSError) as exc:
             # What the broker said before it went, such as why, may still be unread.
             await trio.sleep(LAST_WORDS)
             self._lose(_lost(exc))
 
+    def _fill_stage(self) -> None:
+        """Decide what is next: something of each channel that has something, in turn."""
+        while self._turns and self._staged < STAGE_SIZE:
+            channel = self._turns.popleft()
+            lane = self._lanes[channel]
+            buffers = lane.popleft()
+            self._stage += buffers
+            self._staged += sum(map(len, buffers))
+            if lane:
+                self._turns.append(channel)
+            else:
+                del self._lanes[channel]
+
     async def _send(self) -> int:
         if isinstance(self._stream, trio.SocketStream):
-            return await self._stream.socket.sendmsg(list(islice(self._queue, SENDMSG_BUFFERS)))
+            return await self._stream.socket.sendmsg(list(islice(self._stage, SENDMSG_BUFFERS)))
         data = self._joined()
         await self._stream.send_all(data)
         return len(data)
 
     def _joined(self) -> bytes:
-        """What is first in the queue, up to JOIN_SIZE bytes."""
+        """What is next, up to JOIN_SIZE bytes."""
         buffers, room = [], JOIN_SIZE
-        for buffer in self._queue:
+        for buffer in self._stage:
             buffers.append(buffer if len(buffer) <= room else memoryview(buffer)[:room])
             room -= len(buffers[-1])
             if not room:
@@ -259,13 +298,14 @@ class TrioConnection(Connection):
 
     def _sent(self, size: int) -> None:
         self._queued -= size
+        self._staged -= size
         while size:
-            first = self._queue[0]
+            first = self._stage[0]
             if len(first) > size:
-                self._queue[0] = memoryview(first)[size:]
+                self._stage[0] = memoryview(first)[size:]
                 return
             size -= len(first)
-            self._queue.popleft()
+            self._stage.popleft()
 
     def _lose(self, error: Exception) -> None:
         if self._lost is None:
@@ -292,11 +332,10 @@ class TrioConnection(Connection):
             frame.properties = BasicProperties()
         return consumed, frame
 
-    def _adapter_emit_data(self, data: bytes | memoryview) -> None:
-        self._queue.append(data)
-        self._queued += len(data)
-        if self._writable:
-            self._writable.unpark()
+    def _adapter_emit_data(self, data: bytes) -> None:
+        # One AMQP frame; or the protocol header, before there is anything else.
+        _, channel, _ = _FRAME_START.unpack_from(data)
+        self._enqueue(channel, (data,), len(data))
 
     def _adapter_disconnect_stream(self) -> None:
         # pika has noted the reason in self._error; run() passes it on.

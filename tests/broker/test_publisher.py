@@ -5,8 +5,9 @@ from types import TracebackType
 import pytest
 import trio
 from pika.spec import Channel
-from trio.testing import MockClock, wait_all_tasks_blocked
+from trio.testing import MockClock, lockstep_stream_pair, wait_all_tasks_blocked
 
+from relay.broker.adapter import STAGE_SIZE
 from relay.errors import BrokerRefused, ClientGone, ConfirmTimeout, QueueFull, Unroutable
 from relay.model import Abort, Frame
 from tests.broker.attempt import FRAME, ROUTE, Relay, running, seqs
@@ -151,6 +152,53 @@ async def test_an_upload_waits_its_turn_for_the_window() -> None:
             out += await broker.published()
             assert upload.is_of(out[-1])
             await broker.silence()
+
+
+async def test_a_small_upload_waits_for_one_frame_of_each_large_one_and_no_more() -> None:
+    large, room = 6, 8
+    async with running(Network(), window=room * FRAME, upload_window=4 * FRAME) as relay:
+        broker = await relay.broker()
+        for _ in range(large):
+            relay.attempt(1000)
+        out = await broker.published(room)
+        await broker.silence()
+        small = relay.attempt(1)
+        await broker.accept_channel()
+        await wait_all_tasks_blocked()
+        confirms = 0
+        while not small.is_of(out[-1]):
+            await broker.confirm(out.pop(0))
+            confirms += 1
+            out += await broker.published()
+        assert confirms <= large + 1
+        await broker.confirm(out.pop())
+        assert await small.outcome() is None
+
+
+async def test_a_small_upload_does_not_wait_for_all_that_a_large_one_has_queued() -> None:
+    size, count = STAGE_SIZE // 8, 64
+    network = Network(lockstep_stream_pair)
+    async with running(network, window=2 * count * size, upload_window=count * size) as relay:
+        broker = await relay.broker()
+        # Two channels, so that no message has to wait for one.
+        early = [relay.attempt(1), relay.attempt(1)]
+        await broker.confirm(*await broker.published(2))
+        assert [await upload.outcome() for upload in early] == [None, None]
+        greedy = relay.attempt(1000, size=size)
+        await wait_all_tasks_blocked()
+        assert greedy.sent == count
+        small = relay.attempt(1)
+        await wait_all_tasks_blocked()
+        before = []
+        while not small.is_of(message := (await broker.published())[0]):
+            before.append(message)
+        # What was next already, and one in turn.
+        assert len(before) <= STAGE_SIZE // size + 2
+        await broker.confirm(message)
+        assert await small.outcome() is None
+        # The large one's are all there, and in order.
+        before += await broker.published(count - len(before))
+        assert seqs(before) == list(range(count))
 
 
 async def test_an_upload_that_ends_gives_its_place_in_the_queue_away() -> None:
