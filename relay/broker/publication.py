@@ -45,6 +45,10 @@ text (up to 4) and marshalled."""
 TIMED_EACH: Final = 16
 """Of so many frames one is timed: the first, so that small uploads are seen, too."""
 
+MESSAGES_MAX: Final = 512
+"""Messages of one upload that are out at once. Once a slow queue has too many of one channel to
+catch up with, RabbitMQ reads the whole connection no more: seen with 2,048, and not with 512."""
+
 
 class Line(Protocol):
     """What a publication needs of its publisher: the way to whichever session there is."""
@@ -194,7 +198,11 @@ class Publication:
     async def _publish(self, message: Message, *, commit: bool = False) -> None:
         size = self._room(message)
         await self._until(
-            lambda: self._unconfirmed + size <= self._config.upload_window, Wait.WINDOW
+            lambda: (
+                self._unconfirmed + size <= self._config.upload_window
+                and self._outstanding < MESSAGES_MAX
+            ),
+            Wait.WINDOW,
         )
         window = self._publisher.window
         request = window.request(size, self._changed.unpark_all)

@@ -40,6 +40,7 @@ class HttpConnection:
 
     Attributes:
         awaits_response: whether a request has begun to arrive, and its last response has not.
+        read_was_full: whether the last read of a body brought all that it had asked for.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class HttpConnection:
         self._heads = 0
         self._is_head = False
         self.awaits_response = False
+        self.read_was_full = False
         # Of the body in progress:
         self._left = 0
         self._chunked: ChunkedValidator | None = None
@@ -123,6 +125,7 @@ class HttpConnection:
             raise BadRequest(f"malformed request: {exc}") from exc
         self._waited = 0.0
         self._received = 0
+        self.read_was_full = False
         self._left = content_length or 0
         self._chunked = None
         if content_length is None:
@@ -191,6 +194,7 @@ class HttpConnection:
         if not data:
             raise ClientGone("the client left before the end of its body")
         self._waited += trio.current_time() - began
+        self.read_was_full = len(data) == max_bytes
         self._received += len(data)
         if (
             self._waited > config.min_body_rate_grace

@@ -251,6 +251,8 @@ class UploadHandler:
             data = await connection.receive(pace.read_size(record.read_size))
             waits.end()
             pace.count(record.who, len(data))
+            if connection.read_was_full:
+                self._uploads.widen(record)
             record.bytes_received += len(data)
             record.frames = framer.frames
             if route.max_bytes and record.bytes_received > route.max_bytes:

@@ -179,24 +179,30 @@ class Uploads:
     def enter(self, transfer: Transfer, peer: str) -> Iterator[UploadRecord]:
         """Count an upload for the length of the block. Raises what ``check`` does."""
         self.check(transfer.client, peer)
-        # Large reads save CPU, and cost memory. A few uploads may read 1 MiB at a time; the more
-        # there are, the less a further one gets, so that the sum stays within the budget.
-        share = self._read_budget // _BUDGET_SHARE
-        read_size = max(READ_SIZE_MIN, min(READ_SIZE_MAX, share))
-        reserved = read_size - READ_SIZE_MIN
         record = UploadRecord(
-            transfer=transfer, peer=peer, began=trio.current_time(), read_size=read_size
+            transfer=transfer, peer=peer, began=trio.current_time(), read_size=READ_SIZE_MIN
         )
-        self._read_budget -= reserved
         self._records.add(record)
         try:
             yield record
         finally:
-            self._read_budget += reserved
+            self._read_budget += record.read_size - READ_SIZE_MIN
             self._records.discard(record)
             self._bytes_of_ended += record.bytes_received
             self._totals_of_ended.add(record)
             self._changed.unpark_all()
+
+    def widen(self, record: UploadRecord) -> None:
+        """Let an upload that fills its reads make larger ones, as far as there is room for that.
+
+        Large reads save CPU, and cost memory. A few uploads may read 1 MiB at a time; the more
+        there are, the less a further one gets, so that the sum stays within the budget. Slow
+        clients get nothing of it: a thousand of them would take it all, and never use it.
+        """
+        if record.read_size == READ_SIZE_MIN:
+            share = self._read_budget // _BUDGET_SHARE
+            record.read_size = max(READ_SIZE_MIN, min(READ_SIZE_MAX, share))
+            self._read_budget -= record.read_size - READ_SIZE_MIN
 
     def count(self, outcome: str, route: str | None = None, size: int = 0) -> None:
         """Count a request that ended: with an error's code, or ``committed`` with its bytes.

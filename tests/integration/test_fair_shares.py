@@ -3,15 +3,17 @@
 Counted in frames and bytes; how long it takes, ``./dev bench slow`` tells.
 """
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import pytest
+
+from relay.broker.publication import MESSAGES_MAX
 from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
 from tests.queue_reader import transfers_in
+from tests.still_queue import standing_still
 from tests.uploading import FRAME_SIZE, RawConnection, content, request, request_head, upload
 
 MIB: Final = 1 << 20
@@ -24,6 +26,7 @@ mandatory = false
 
 [routes.slow]
 routing_key = "{SLOW_QUEUE}"
+frame_size = FRAME_SIZE
 [routes.slow.queue]
 name = "{SLOW_QUEUE}"
 type = "classic"
@@ -31,38 +34,29 @@ arguments = {{}}
 """
 
 
-@contextmanager
-def standing_still(node: RabbitMQNode) -> Iterator[None]:
-    """The slow queue takes and confirms nothing; all else at the broker goes on."""
-    lookup = (
-        f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{SLOW_QUEUE}">>))'
-    )
-    node.ctl("eval", f"{lookup}, sys:suspend(amqqueue:get_pid(Q)).")
-    try:
-        yield
-    finally:
-        node.ctl("eval", f"{lookup}, sys:resume(amqqueue:get_pid(Q)).")
-
-
+@pytest.mark.parametrize("frame_size", [FRAME_SIZE, 4096])
 def test_an_upload_to_a_route_that_stands_still_does_not_slow_one_to_another(
-    rabbitmq: RabbitMQNode, tmp_path: Path
+    rabbitmq: RabbitMQNode, tmp_path: Path, frame_size: int
 ) -> None:
     slow_body, fast_body = content(24 * MIB), content(16 * MIB)
+    config = ROUTES.replace("FRAME_SIZE", str(frame_size))
+    # As many as there may be, or their bytes.
+    most = min(UPLOAD_WINDOW, MESSAGES_MAX * frame_size)
     with (
-        Daemon(rabbitmq.url, ROUTES, directory=tmp_path) as daemon,
+        Daemon(rabbitmq.url, config, directory=tmp_path) as daemon,
         ThreadPoolExecutor(1) as pool,
     ):
-        with standing_still(rabbitmq):
+        with standing_still(rabbitmq, SLOW_QUEUE):
             slow = pool.submit(upload, daemon, "slow", slow_body)
             daemon.wait_until(
-                lambda: daemon.metric("relay_window_bytes") > UPLOAD_WINDOW - FRAME_SIZE,
+                lambda: daemon.metric("relay_window_bytes") > most - frame_size,
                 "the slow one has all that it may have",
             )
             # Four times as much goes past it, through the same connection to the broker.
             for _ in range(4):
                 assert upload(daemon, "plain", fast_body).status == 201
             assert not slow.done()
-            assert daemon.metric("relay_window_bytes") <= UPLOAD_WINDOW
+            assert daemon.metric("relay_window_bytes") <= most
             assert daemon.metric("relay_window_waiting") == 0
         answer = slow.result()
         assert answer.status == 201
@@ -74,7 +68,9 @@ def test_small_uploads_go_past_a_large_one(rabbitmq: RabbitMQNode, tmp_path: Pat
     large, small = 100 << 30, request("/upload/plain", b"x" * 1024)
     block = content(MIB)
     with (
-        Daemon(rabbitmq.url, ROUTES, directory=tmp_path) as daemon,
+        Daemon(
+            rabbitmq.url, ROUTES.replace("FRAME_SIZE", str(FRAME_SIZE)), directory=tmp_path
+        ) as daemon,
         RawConnection(daemon.address) as greedy,
         RawConnection(daemon.address) as modest,
         ThreadPoolExecutor(1) as pool,

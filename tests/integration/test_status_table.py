@@ -22,6 +22,7 @@ from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
 from relay.model import Frame
 from tests.queue_reader import messages_now
+from tests.still_queue import standing_still
 from tests.uploading import RawConnection, check_problem, request, request_head
 
 README: Final = Path(__file__).parents[2] / "README.md"
@@ -191,16 +192,9 @@ def full_queue(site: Site) -> Iterator[None]:
     connection.close()
 
 
-@contextmanager
-def queue_stands_still(site: Site) -> Iterator[None]:
-    """The broker talks, and confirms nothing."""
+def queue_stands_still(site: Site) -> AbstractContextManager[None]:
     site.daemon(HASTY)  # declares it
-    lookup = f'{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<"/">>, queue, <<"{QUEUE}">>))'
-    site.node.ctl("eval", f"{lookup}, sys:suspend(amqqueue:get_pid(Q)).")
-    try:
-        yield
-    finally:
-        site.node.ctl("eval", f"{lookup}, sys:resume(amqqueue:get_pid(Q)).")
+    return standing_still(site.node, QUEUE)
 
 
 @contextmanager
