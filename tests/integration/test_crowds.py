@@ -54,18 +54,18 @@ def test_a_thousand_slow_clients_keep_no_good_one_out(url: str, tmp_path: Path) 
         base = daemon.memory()
         with SlowClients(daemon.address, slow), ThreadPoolExecutor(good) as pool:
             daemon.wait_until(
-                lambda: daemon.metric("relay_uploads") == slow // 2, "they are all inside"
+                lambda: daemon.metric("relay_uploads_in_progress") == slow // 2, "they are all inside"
             )
             body = content(size)
             answers = pool.map(lambda _: upload(daemon, body=body), range(2 * good))
             assert [answer.status for answer in answers] == [201] * 2 * good
-            assert daemon.metric("relay_uploads") == slow // 2
+            assert daemon.metric("relay_uploads_in_progress") == slow // 2
             uploads = slow // 2 + good
             ceiling = memory_ceiling(base, connections=slow + good, uploads=uploads)
             peak = daemon.memory("VmHWM")
         print(f"base {base / MIB:.1f}, peak {peak / MIB:.1f}, ceiling {ceiling / MIB:.1f} MiB")
         assert peak <= ceiling
-        daemon.wait_until(lambda: daemon.metric("relay_uploads") == 0, "they are gone")
+        daemon.wait_until(lambda: daemon.metric("relay_uploads_in_progress") == 0, "they are gone")
 
 
 def test_slow_clients_are_shaken_off_and_told(url: str, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_slow_clients_are_shaken_off_and_told(url: str, tmp_path: Path) -> None:
         with SlowClients(daemon.address, 100, pause=0.2) as clients:
             daemon.wait_until(lambda: clients.reconnects >= 200, "all were shaken off twice")
             assert upload(daemon).status == 201
-        daemon.wait_until(lambda: daemon.metric("relay_uploads") == 0, "they are gone")
+        daemon.wait_until(lambda: daemon.metric("relay_uploads_in_progress") == 0, "they are gone")
 
 
 def test_a_storm_of_uploads_is_answered_to_the_last(url: str, tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def terminated(site: Site) -> Iterator[None]:
     daemon = site.daemon(FULL)
 
     def tell() -> None:
-        daemon.wait_until(lambda: daemon.metric("relay_uploads") == 1, "the upload has begun")
+        daemon.wait_until(lambda: daemon.metric("relay_uploads_in_progress") == 1, "the upload has begun")
         os.kill(daemon.pid, signal.SIGTERM)
 
     thread = threading.Thread(target=tell)
@@ -372,7 +372,7 @@ class Belongings:
     def are_back(self, daemon: Daemon) -> bool:
         """Whether it has no more than that, and nothing of any upload."""
         now = self.of(daemon)
-        metrics = ("relay_uploads", "relay_window_bytes", "relay_window_waiting")
+        metrics = ("relay_uploads_in_progress", "relay_window_bytes", "relay_window_waiting")
         return (
             now.files <= self.files
             and now.tasks <= self.tasks
@@ -388,7 +388,7 @@ def test_an_error_is_told_commits_nothing_and_leaves_nothing_behind(site: Site, 
     daemon = site.daemon(row.config)
     # The row before may have taken its broker away.
     daemon.wait_until(lambda: daemon.ready()[0] == 200, "it is ready")
-    daemon.wait_until(lambda: daemon.metric("relay_uploads") == 0, "it is at rest")
+    daemon.wait_until(lambda: daemon.metric("relay_uploads_in_progress") == 0, "it is at rest")
     before = Belongings.of(daemon)
     with row.meanwhile(site), RawConnection(daemon.address) as connection:
         connection.send(row.sends)
