@@ -93,7 +93,8 @@ def slow_clients(daemon: Daemon, count: int) -> Iterator[None]:
     """So many, all inside when the block begins, and back whenever they are shaken off."""
     with SlowClients(daemon.address, count, pause=5.0):
         daemon.wait_until(
-            lambda: daemon.metric("relay_uploads_in_progress") == count // 2, "the slow ones are inside"
+            lambda: daemon.metric("relay_uploads_in_progress") == count // 2,
+            "the slow ones are inside",
         )
         yield
 

@@ -54,7 +54,8 @@ def test_a_thousand_slow_clients_keep_no_good_one_out(url: str, tmp_path: Path) 
         base = daemon.memory()
         with SlowClients(daemon.address, slow), ThreadPoolExecutor(good) as pool:
             daemon.wait_until(
-                lambda: daemon.metric("relay_uploads_in_progress") == slow // 2, "they are all inside"
+                lambda: daemon.metric("relay_uploads_in_progress") == slow // 2,
+                "they are all inside",
             )
             body = content(size)
             answers = pool.map(lambda _: upload(daemon, body=body), range(2 * good))

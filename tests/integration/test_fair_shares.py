@@ -84,7 +84,9 @@ def test_small_uploads_go_past_a_large_one(rabbitmq: RabbitMQNode, tmp_path: Pat
         is_enough: list[bool] = []
         sending = pool.submit(send)
         try:
-            daemon.wait_until(lambda: daemon.metric("relay_uploads_in_progress") == 1, "it has begun")
+            daemon.wait_until(
+                lambda: daemon.metric("relay_uploads_in_progress") == 1, "it has begun"
+            )
             for _ in range(50):
                 modest.send(small)
                 assert modest.answer().status == 201

@@ -226,7 +226,9 @@ def terminated(site: Site) -> Iterator[None]:
     daemon = site.daemon(FULL)
 
     def tell() -> None:
-        daemon.wait_until(lambda: daemon.metric("relay_uploads_in_progress") == 1, "the upload has begun")
+        daemon.wait_until(
+            lambda: daemon.metric("relay_uploads_in_progress") == 1, "the upload has begun"
+        )
         os.kill(daemon.pid, signal.SIGTERM)
 
     thread = threading.Thread(target=tell)
