@@ -26,35 +26,34 @@ from tests.fault_proxy import Direction, Fault, FaultProxy, Kind
 from tests.uploading import content
 
 ROOT = Path(relay.__file__).parents[1]
+README = ROOT / "relay/receiver/README.md"
 PATIENCE = 60.0
 """Seconds for anything; a test that waits longer has failed."""
 
 EXAMPLES = ("pika, blocking", "pika on trio", "aio-pika")
-TEASER = "Consumers of your own"
-ROUTES = {heading: re.sub("[^a-z]+", "-", heading.lower()) for heading in (*EXAMPLES, TEASER)}
+SHORTEST = "A consumer of your own"
+ROUTES = {heading: re.sub("[^a-z]+", "-", heading.lower()) for heading in (*EXAMPLES, SHORTEST)}
 
 Digests = dict[str, list[str]]
 """Of each part of each transfer, SHA-256."""
 
 
-def block(document: Path, heading: str) -> str:
-    """The first fenced Python below a heading."""
+def block(heading: str) -> str:
+    """The first fenced Python below a heading of the README."""
     pattern = rf"^##+ {re.escape(heading)}$.*?^```python$\n(.*?)^```$"
-    found = re.search(pattern, document.read_text(), re.DOTALL | re.MULTILINE)
-    assert found is not None, f"{document.name} has no example {heading!r}"
+    found = re.search(pattern, README.read_text(), re.DOTALL | re.MULTILINE)
+    assert found is not None, f"no example {heading!r}"
     return found[1]
 
 
 class Example:
-    """A consumer out of a README, in a directory of its own, as a process."""
+    """A consumer out of the README, in a directory of its own, as a process."""
 
     def __init__(self, heading: str, directory: Path) -> None:
         self.heading = heading
         self.directory = directory
-        document = ROOT / ("README.md" if heading == TEASER else "relay/receiver/README.md")
-        (directory / "consumer.py").write_text(block(document, heading))
-        resuming = block(ROOT / "relay/receiver/README.md", "A sink that resumes")
-        (directory / "database.py").write_text(resuming)
+        (directory / "consumer.py").write_text(block(heading))
+        (directory / "database.py").write_text(block("A sink that resumes"))
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, url: str) -> None:
@@ -206,7 +205,7 @@ async def test_a_documented_consumer_delivers_all_through_a_lost_connection_and_
     nursery.cancel_scope.cancel()
 
 
-@pytest.mark.parametrize("example", [TEASER], indirect=True)
+@pytest.mark.parametrize("example", [SHORTEST], indirect=True)
 async def test_the_consumer_in_the_readme_works(
     rabbitmq: RabbitMQNode, daemon: Daemon, example: Example
 ) -> None:

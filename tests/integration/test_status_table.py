@@ -1,4 +1,4 @@
-"""Each row of the README's table of errors, through a real socket, and what is left after it.
+"""Each row of the table of errors, through a real socket, and what is left after it.
 
 Of each: status and code, whether the connection goes on, no commit frame in any queue, and files,
 tasks, memory, window and uploads as before.
@@ -25,7 +25,7 @@ from tests.queue_reader import messages_now
 from tests.still_queue import standing_still
 from tests.uploading import RawConnection, check_problem, request, request_head
 
-README: Final = Path(__file__).parents[2] / "README.md"
+README: Final = Path(__file__).parents[2] / "relay/server/README.md"
 QUEUE: Final = "status"
 FULL_QUEUE: Final = "status.full"
 SLACK: Final = 8 << 20
@@ -417,7 +417,7 @@ def committed(site: Site, queue: str) -> list[str]:
 
 
 def test_the_readme_names_these_errors_and_no_others() -> None:
-    section = README.read_text().partition("### Errors")[2].partition("### ")[0]
+    section = README.read_text().partition("\n## Errors\n")[2].partition("\n## ")[0]
     named = set()
     for statuses, codes in re.findall(r"^\| ([0-9, ]+) \| ([^|]+) \|", section, re.MULTILINE):
         numbers = [int(number) for number in statuses.split(",")]
