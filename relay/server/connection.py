@@ -165,20 +165,33 @@ class HttpConnection:
 
     async def _receive_chunked(self, validator: ChunkedValidator, max_bytes: int) -> bytes:
         while True:
+            data = self._decoded()
+            if data or self._chunked is None:
+                return data
+            coded = await self._read_body(max_bytes)
+            used = validator.feed(coded)
+            self._unread = coded[used:]
+            self._h11.receive_data(coded[:used])
+            if self._unread:
+                # Of very many chunks: they were counted, and others have had to wait for them.
+                self._received -= len(self._unread)
+                await trio.lowlevel.checkpoint()
+
+    def _decoded(self) -> bytes:
+        """The data of all chunks that have been taken, as one; notes the body's end."""
+        found: list[bytes] = []
+        while True:
             try:
                 event = self._h11.next_event()
             except h11.RemoteProtocolError as exc:
                 raise BadRequest(f"malformed chunked body: {exc}") from exc
             if isinstance(event, h11.Data):
-                return bytes(event.data)
+                found.append(event.data)
+                continue
             if isinstance(event, h11.EndOfMessage):
                 # Not h11's state: where the client offered an upgrade, it would wait for our yes.
                 self._chunked = None
-                return b""
-            data = await self._read_body(max_bytes)
-            used = validator.feed(data)
-            self._unread = data[used:]
-            self._h11.receive_data(data[:used])
+            return b"".join(found)
 
     async def _read_body(self, max_bytes: int) -> bytes:
         if self._unread:

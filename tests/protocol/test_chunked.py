@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.errors import BadRequest, ClientError, HeadersTooLarge
-from relay.protocol.chunked import MAX_OVERHEAD, MAX_SIZE_LINE, ChunkedValidator
+from relay.protocol.chunked import MAX_CHUNKS, MAX_OVERHEAD, MAX_SIZE_LINE, ChunkedValidator
 
 MAX_TRAILER_BYTES = 100
 MAX_TRAILERS = 3
@@ -208,6 +208,20 @@ def test_a_long_stream_may_have_extensions_but_not_consist_of_them() -> None:
 def test_one_byte_chunks_may_go_on_for_ever() -> None:
     """RFC 9112 sets no smallest chunk, and slow producers send what they have."""
     assert outcome([b"1\r\nx\r\n"] * 20_000)[0] == "incomplete"
+
+
+def test_only_so_many_chunks_are_taken_at_once() -> None:
+    """However many one read brings: their work must not keep everybody else waiting."""
+    chunk = b"1\r\nx\r\n"
+    validator = ChunkedValidator(max_trailer_bytes=100, max_trailers=0)
+    rest = chunk * (2 * MAX_CHUNKS + 5) + b"0\r\n\r\n"
+    taken = []
+    while not validator.done:
+        taken.append(validator.feed(rest))
+        rest = rest[taken[-1] :]
+    # The next one's size line is where it stops.
+    assert [size // len(chunk) for size in taken] == [MAX_CHUNKS, MAX_CHUNKS, 5]
+    assert rest == b""
 
 
 def test_data_is_skipped_whatever_it_is_and_in_any_kind_of_buffer() -> None:

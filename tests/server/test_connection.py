@@ -16,6 +16,7 @@ from relay.errors import (
     RelayError,
     TooSlow,
 )
+from relay.protocol.chunked import MAX_CHUNKS
 from relay.server.connection import LINGER_IDLE, LINGER_TIMEOUT, READ_SIZE, HttpConnection
 from relay.server.responses import Response
 from tests.memory_broker import MemoryClient, NewPair, slow_upstream_pair
@@ -215,6 +216,36 @@ async def test_a_chunked_body_takes_its_bytes_and_not_one_more(
     assert (b"content-length", b"0") in following.headers
 
 
+async def test_the_smallest_chunks_do_not_keep_other_connections_waiting() -> None:
+    """CVE-2025-69229 (aiohttp): one read has room for 10,000 of them, and each costs its work."""
+    client, connection = new_connection()
+    number = 10_000
+    await client.send(CHUNKED + b"1\r\nx\r\n" * number + b"0\r\n\r\n" + EMPTY)
+    turns = reads = 0
+
+    async def take_turns() -> None:
+        nonlocal turns
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns += 1
+
+    await connection.next_head()
+    connection.begin_body(None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(take_turns)
+        size = 0
+        while data := await connection.receive():
+            size += len(data)
+            reads += 1
+        nursery.cancel_scope.cancel()
+    assert size == number
+    assert turns >= number // MAX_CHUNKS
+    # Nor is each of them a read of its own to whoever relays them.
+    assert reads <= number // MAX_CHUNKS + 2
+    await connection.respond(OK, close=False)
+    assert await connection.next_head() is not None
+
+
 async def test_a_body_of_no_bytes_has_been_read() -> None:
     client, connection = new_connection()
     await client.send(EMPTY)
@@ -381,6 +412,21 @@ async def test_bytes_that_came_with_the_head_count_for_the_rate(autojump_clock: 
             await client.send(b"x")
 
         assert len(await read_all(connection)) == 30_001
+
+
+async def test_no_byte_of_a_chunked_body_counts_twice_for_the_rate(
+    autojump_clock: MockClock,
+) -> None:
+    client, connection = new_connection(min_body_rate=1024, min_body_rate_grace=10.0)
+    chunks = b"1\r\nx\r\n" * 2000
+    await client.send(CHUNKED + chunks)
+    await connection.next_head()
+    connection.begin_body(None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: drip(client, b"1\r\nx\r\n" * 20, every=1.0))
+        seconds = await seconds_until(TooSlow, lambda: read_all(connection))
+        nursery.cancel_scope.cancel()
+    assert seconds == len(chunks) // 1024 + 1
 
 
 async def test_each_body_is_timed_for_itself(autojump_clock: MockClock) -> None:

@@ -455,7 +455,7 @@ REFUSED_BODIES: dict[str, tuple[bytes, int, str, bool]] = {
         False,
     ),
     "chunked and too large": (
-        post_chunked(form(("f", b"x" * 99), *[("g", b"x" * 99)] * 9), [500], FORM_TYPE).replace(
+        post_chunked(form(("f", b"x" * 99), *[("g", b"x" * 99)] * 999), [500], FORM_TYPE).replace(
             b"/upload", b"/upload/small", 1
         ),
         413,
