@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from tests.form_reading import BOUNDARY as LONG
 from tests.form_reading import form
 from tests.fuzz import frames
-from tests.fuzz.targets import BOUNDARY, seed
+from tests.fuzz.targets import BOUNDARY, REQUESTS, TOKEN, seed
 from tests.strict.cases import CHUNKED
 from tests.strict.framing import FRAMING
 from tests.strict.heads import HEADS
@@ -49,9 +49,44 @@ def _form_request(body: bytes) -> bytes:
     return head.encode() + body
 
 
+FIELDS = (
+    (f"Authorization: Bearer {TOKEN}", 'Idempotency-Key: "k"'),
+    (f"authorization: bearer  {TOKEN}", "Idempotency-Key: k"),
+    ("Authorization: Bearer relay_y",),
+    ("Authorization: Basic YTpi",),
+    ("Repr-Digest: sha-256=:LPJNul+wow4m6DsqxbninhsWHlwfp0JecwQzYpOLmCQ=:",),
+    ("Content-Digest: crc32c=:mnG7TA==:, x=:AA==:", "Want-Repr-Digest: sha-512=1, sha-256=0"),
+    (
+        "Traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "tracestate: a=b,c@d=e",
+    ),
+    ("traceparent: cc-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-x", "tracestate:"),
+)
+"""Of requests whose body is ``hello``."""
+
+
+def _requests_of_somebody() -> Iterator[bytes]:
+    """Twice each, as a client may send it again, and more than one connection takes."""
+    for fields in FIELDS:
+        for path in ("/upload/x", "/upload/alices/x"):
+            head = "\r\n".join([f"PUT {path} HTTP/1.1", "Host: a", *fields, "Content-Length: 5"])
+            once = head.encode() + b"\r\n\r\nhello"
+            for times in (2, REQUESTS + 1):
+                yield once * times
+
+
+def _watched(data: bytes) -> bytes:
+    """The input, with its memory watched."""
+    return bytes([data[0] | 0x80]) + data[1:]
+
+
 def _connections() -> Iterator[bytes]:
+    for data in _requests_of_somebody():
+        yield _watched(seed(data, 30, len(data) // 2))
     for data in [*_requests(), *map(_form_request, _form_bodies())]:
         yield seed(data, len(data) // 2)
+    for data in map(_form_request, _form_bodies()):
+        yield _watched(seed(data, len(data) // 2))
     requests = _requests()
     for first, second in zip(requests[::9], requests[4::9], strict=False):
         yield seed(first + second, 20, len(first))
