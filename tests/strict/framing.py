@@ -46,14 +46,14 @@ FRAMING: Table = {
         "chunks as content": taken(length(b"%d" % len(HELLO), HELLO), HELLO),
         "empty": refused(length(b"")),
         "sign": refused(length(b"+5")),
-        "negative": refused(length(b"-5")),
+        "negative (CVE-2026-53540, python-multipart)": refused(length(b"-5")),
         "hexadecimal": refused(length(b"0x5")),
         "underscore": refused(length(b"0_5")),
         "fraction": refused(length(b"5.0")),
         "exponent": refused(length(b"5e0")),
         "white space": refused(length(b"5 5")),
         "superscript": refused(length(b"\xb2")),
-        "full width": refused(length("\uff15".encode())),
+        "full width (CVE-2025-69224, aiohttp)": refused(length("\uff15".encode())),
         "no-break space": refused(length(b"\xa05")),
         "quoted": refused(length(b'"5"')),
         "parameter": refused(length(b"5;x")),
@@ -67,10 +67,12 @@ FRAMING: Table = {
         "2 to the 64 and 5": refused(length(b"18446744073709551621")),
         "5 after 4,000 zeros": refused(length(b"0" * 4000 + b"5")),
         "5,000 digits": refused(length(b"1" * 5000)),
-        "folded (CVE-2024-27982, Node.js)": refused(head(b"Content-Length:\r\n 5") + b"hello"),
+        "folded": refused(head(b"Content-Length:\r\n 5") + b"hello"),
         "space before the colon": refused(head(b"Content-Length : 5") + b"hello"),
-        "space before the name": refused(head(b"X: y", b" Content-Length: 5") + b"hello"),
-        "folded over nothing (CVE-2019-20445, Netty)": refused(
+        "space before the name (CVE-2024-27982, Node.js)": refused(
+            head(b"X: y", b" Content-Length: 5") + b"hello"
+        ),
+        "twice, one without a colon (CVE-2019-20444 and 20445, Netty)": refused(
             head(b"Content-Length: 5", b"Content-Length:\r\n6") + b"hello"
         ),
     },
@@ -106,7 +108,17 @@ FRAMING: Table = {
         "no-break space before it": refused(coding(b"Transfer-Encoding: \xa0chunked")),
         "NUL behind it": refused(coding(b"Transfer-Encoding: chunked\0")),
         "Kelvin sign": refused(coding("Transfer-Encoding: chun\u212aed".encode())),
-        "space before the colon": refused(coding(b"Transfer-Encoding : chunked")),
+        "space before the colon (CVE-2019-16276, Go)": refused(
+            coding(b"Transfer-Encoding : chunked")
+        ),
+        "tab before the colon": refused(coding(b"Transfer-Encoding\t: chunked")),
+        "NUL before the colon": refused(coding(b"Transfer-Encoding\0: chunked")),
+        "identity before it": refused(
+            coding(b"Transfer-Encoding: identity, chunked"), NOT_IMPLEMENTED
+        ),
+        "identity behind it": refused(coding(b"Transfer-Encoding: chunked, identity")),
+        "another in a folded line": refused(coding(b"Transfer-Encoding: chunked\r\n , identity")),
+        "cannot be named away": taken(coding(b"Connection: Transfer-Encoding", CHUNKED)),
         "space before the name": refused(coding(b" Transfer-Encoding: chunked")),
         "folded": refused(coding(b"Transfer-Encoding:\r\n chunked")),
         "folded in its name": refused(coding(b"Transfer-\r\n Encoding: chunked")),
@@ -142,6 +154,9 @@ FRAMING: Table = {
         ),
         "TE.TE, malformed": refused(coding(LENGTH, b"Transfer-Encoding: xchunked")),
         "TE.TE, space before the colon": refused(coding(LENGTH, b"Transfer-Encoding : chunked")),
+        "TE.TE, tab before the colon": refused(coding(LENGTH, b"Transfer-Encoding\t: chunked")),
+        "TE.TE, in a value's second line": refused(coding(LENGTH, b"X: y\n\tTransfer-Encoding: x")),
+        "an underscore is no hyphen": taken(head(b"Transfer_Encoding: chunked", LENGTH) + b"hello"),
         "another name is no framing": taken(
             head(b"X-Transfer-Encoding: chunked", LENGTH) + b"hello"
         ),
@@ -166,6 +181,14 @@ FRAMING: Table = {
             )
             + SMUGGLED,
             "415 unsupported-media-type",
+        ),
+        "0.CL: the client waits, and its content is a request": taken(
+            head(b"Expect: 100-continue", b"Content-Length: %d" % len(SMUGGLED)) + SMUGGLED,
+            SMUGGLED,
+        ),
+        "0.CL: the length of a known path without content": refused(
+            head(b"Content-Length: %d" % len(SMUGGLED), line=b"GET /upload HTTP/1.1", host=b"")
+            + SMUGGLED
         ),
         "0.CL: a length in the trailers": refused(
             chunks(b"0\r\nContent-Length: 44\r\n\r\n") + SMUGGLED
@@ -238,7 +261,7 @@ FRAMING: Table = {
             chunks(b"2;\nxx\r\n22\r\n0\r\n\r\n" + SMUGGLED + b"0\r\n\r\n")
         ),
         "EXT.TERM: LF (CVE-2025-58056, Netty)": refused(chunks(b"1;\n\r\nh\r\n0\r\n\r\n")),
-        "LF in a name (Gunicorn 3327)": refused(size(b"5;a\nb\r\n")),
+        "LF in a name (Gunicorn 3327; CVE-2024-52304, aiohttp)": refused(size(b"5;a\nb\r\n")),
         "CR in a name": refused(size(b"5;a\rb\r\n")),
         "CR and anything for a line break": refused(size(b"5;a\rX")),
         "TERM.SPILL: LF behind the data": refused(chunks(b"5\r\nhello\n\r\n0\r\n\r\n")),
@@ -255,7 +278,7 @@ FRAMING: Table = {
         "a field": taken(end(b"0\r\nX: y\r\n\r\n")),
         "at the limit": taken(end(b"0\r\n" + b"X:\r\n" * 100 + b"\r\n")),
         "over the limit": refused(end(b"0\r\n" + b"X:\r\n" * 101 + b"\r\n"), TOO_LARGE),
-        "over the limit of bytes": refused(
+        "over the limit of bytes (CVE-2026-22815, aiohttp)": refused(
             end(b"0\r\nX: " + b"x" * 16384 + b"\r\n\r\n"), TOO_LARGE
         ),
         "Content-Length": refused(end(b"0\r\nContent-Length: 5\r\n\r\n")),

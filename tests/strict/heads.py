@@ -169,7 +169,7 @@ HEADS: Table = {
         "white space around it": empty(host(b" \trelay.test \t")),
         "none": refused(head(host=b"")),
         "empty": refused(host(b"")),
-        "twice": refused(head(HOST)),
+        "twice (CVE-2026-34525, aiohttp)": refused(head(HOST)),
         "twice and different": refused(head(b"Host: other.test")),
         "twice in different case": refused(head(b"hOST: other.test")),
         "list": refused(host(b"a, b")),

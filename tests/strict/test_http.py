@@ -66,6 +66,7 @@ def test_there_are_enough_cases() -> None:
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_a_very_long_field_is_taken_or_not_wherever_it_is_cut(extra: int) -> None:
+    """CVE-2026-54277 (aiohttp): in several segments it was not limited."""
     limit = HttpConfig().max_header_bytes
     room = limit - len(head(b"X: ", LENGTH)) + extra
     data = head(b"X: " + b"x" * room, LENGTH) + b"hello" + NEXT

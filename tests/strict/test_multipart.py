@@ -177,7 +177,9 @@ REFUSED: dict[str, bytes] = {
     "two dispositions": part(DISPOSITION, DISPOSITION),
     "two types": part(DISPOSITION, b"Content-Type: a/b", b"content-type: c/d"),
     "two names": disposition(b"; name=f; name=g"),
-    "two names, one extended (PYSEC-2026-3041)": disposition(b"; name=f; name*=utf-8''g"),
+    "two names, one extended (CVE-2026-53537, python-multipart)": disposition(
+        b"; name=f; name*=utf-8''g"
+    ),
     "two file names": disposition(b"; name=f; filename=a; FILENAME=b"),
     "RFC 2231, 3: a file name in pieces": disposition(b"; name=f; filename*0=a; filename*1=b"),
     "RFC 8187: another charset": disposition(b"; name=f; filename*=iso-8859-1''%E4"),
