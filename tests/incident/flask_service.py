@@ -60,9 +60,9 @@ def create_app(amqp_url: str, exchange: str, routing_key: str, *, limit_fields: 
     return app
 
 
-def read_in_pieces(stream: IO[bytes]) -> Iterator[bytes]:
-    """Yields what is left of a file, `PIECE_BYTES` at a time."""
-    while piece := stream.read(PIECE_BYTES):
+def read_in_pieces(stream: IO[bytes], size: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Yields what is left of a file, `size` bytes at a time."""
+    while piece := stream.read(size):
         yield piece
 
 
