@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -22,6 +23,7 @@ import (
 const (
 	messageBytes = 131064
 	window       = 64
+	readBytes    = 256 * 1024
 )
 
 var errReturned = errors.New("unroutable")
@@ -139,6 +141,8 @@ func (u *upload) publish(name string, body []byte) error {
 }
 
 func (u *upload) publishForm(request *http.Request) error {
+	// The form's reader asks for 4 KiB at a time, and net/http for no more than that.
+	request.Body = &bufferedBody{bufio.NewReaderSize(request.Body, readBytes), request.Body}
 	reader, err := request.MultipartReader()
 	if err != nil {
 		return err
@@ -155,6 +159,11 @@ func (u *upload) publishForm(request *http.Request) error {
 			return err
 		}
 	}
+}
+
+type bufferedBody struct {
+	io.Reader
+	io.Closer
 }
 
 func (b *broker) take(request *http.Request) (int, error) {
