@@ -31,14 +31,12 @@ class Broker:
         Raises:
             NotConfirmed: on leaving, or early at any wait within: one of them was not.
         """
+        upload = Upload(self._exchange, self._destination)
         try:
-            async with asyncio.TaskGroup() as tasks:
-                yield Upload(tasks, self._exchange, self._destination)
-        except ExceptionGroup as failures:
-            others = failures.split((AMQPError, OSError))[1]
-            if others is not None:
-                raise
-            raise NotConfirmed(str(failures.exceptions[0])) from failures
+            yield upload
+        finally:
+            await upload.wait_settled()
+        upload.raise_failure()
 
 
 @asynccontextmanager
@@ -54,21 +52,25 @@ async def connected(destination: Destination) -> AsyncIterator[Broker]:
 
 
 class Upload:
-    """Publishes what one request brought."""
+    """Publishes what one request brought.
 
-    def __init__(
-        self, tasks: asyncio.TaskGroup, exchange: AbstractExchange, destination: Destination
-    ) -> None:
-        self._tasks = tasks
+    What has begun to be published is never cancelled, as a TaskGroup would after a failure: the
+    channel is everybody's, and aiormq closes it then.
+    """
+
+    def __init__(self, exchange: AbstractExchange, destination: Destination) -> None:
         self._exchange = exchange
         self._destination = destination
         self._id = str(uuid.uuid4())
         self._free = asyncio.Semaphore(WINDOW)
+        self._unconfirmed: set[asyncio.Task[object]] = set()
+        self._failure: BaseException | None = None
         self.messages = 0
 
     async def publish(self, name: str, body: bytes) -> None:
-        """Has one message published, when there is room in the window."""
+        """Has one message published, when there is room in the window. Raises NotConfirmed."""
         await self._free.acquire()
+        self.raise_failure()
         message = aio_pika.Message(
             body,
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT,
@@ -76,11 +78,28 @@ class Upload:
             headers={"name": name, "piece": self.messages},
         )
         self.messages += 1
-        self._tasks.create_task(self._until_confirmed(message))
-
-    async def _until_confirmed(self, message: aio_pika.Message) -> None:
         destination = self._destination
-        await self._exchange.publish(
-            message, destination.routing_key, mandatory=destination.mandatory
+        task: asyncio.Task[object] = asyncio.create_task(
+            self._exchange.publish(
+                message, destination.routing_key, mandatory=destination.mandatory
+            )
         )
+        self._unconfirmed.add(task)
+        task.add_done_callback(self._settle)
+
+    async def wait_settled(self) -> None:
+        """Returns when each message is confirmed or has failed."""
+        if self._unconfirmed:
+            await asyncio.wait(self._unconfirmed)
+
+    def raise_failure(self) -> None:
+        """Raises NotConfirmed if a message has failed, or what is no failure of the broker's."""
+        if isinstance(self._failure, AMQPError | OSError):
+            raise NotConfirmed(str(self._failure)) from self._failure
+        if self._failure is not None:
+            raise self._failure
+
+    def _settle(self, task: asyncio.Task[object]) -> None:
+        self._unconfirmed.discard(task)
+        self._failure = self._failure or task.exception()
         self._free.release()
