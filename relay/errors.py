@@ -14,7 +14,10 @@ messages or AMQP: ``server/`` turns errors into responses, ``broker/`` into abor
     └── ClientGone       nobody is left to answer
 """
 
-from typing import ClassVar
+from typing import ClassVar, Final
+
+BUG: Final = "relay has failed in a way that it did not expect; its log says how"
+"""All that a client hears of an exception that nobody expected."""
 
 
 class RelayError(Exception):

@@ -10,12 +10,13 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Protocol
 
 import trio
 
 from relay.config import HttpConfig, RouteConfig
 from relay.errors import (
+    BUG,
     ClientError,
     ClientGone,
     NotFound,
@@ -39,8 +40,6 @@ from relay.transfer import FrameSink, Upload, new_transfer_id
 from relay.waits import Wait, Waits
 
 log = logging.getLogger(__name__)
-
-BUG: Final = "relay has failed in a way that it did not expect; its log says how"
 
 
 class Sink(FrameSink, Protocol):

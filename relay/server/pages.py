@@ -5,6 +5,7 @@ What the pages say is their maker's business: the daemon's admin listener, and t
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -13,7 +14,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from relay.config import HttpConfig
-from relay.errors import ClientError, ClientGone, MethodNotAllowed, NotFound
+from relay.errors import BUG, ClientError, ClientGone, MethodNotAllowed, NotFound, RelayError
 from relay.server.connection import HttpConnection
 from relay.server.identity import Peer
 from relay.server.responses import Response, problem
@@ -67,13 +68,21 @@ class Pages:
         self._known = ", ".join(pages)
 
     async def serve(self, stream: trio.abc.HalfCloseableStream, _peer: Peer) -> None:
-        """Answer requests until the connection ends."""
+        """Answer requests until the connection ends.
+
+        What is raised is a bug; whoever asked has been told so, if that could be.
+        """
         connection = HttpConnection(stream, self._config)
         try:
             while await self._serve_request(connection):
                 pass
         except ClientGone:
             return
+        except Exception:
+            if connection.awaits_response:
+                with suppress(ClientGone):
+                    await connection.respond(problem(RelayError(BUG)), close=True)
+            raise  # to be logged where it stops
 
     async def _serve_request(self, connection: HttpConnection) -> bool:
         """Answer one request. Returns whether another can follow."""

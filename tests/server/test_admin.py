@@ -8,7 +8,7 @@ import trio
 from prometheus_client import Metric
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
-from trio.testing import MockClock
+from trio.testing import MockClock, memory_stream_pair
 
 from relay.config import HttpConfig
 from relay.errors import BrokerBlocked, RelayError
@@ -16,7 +16,7 @@ from relay.model import Transfer
 from relay.server.admin import AdminHandler
 from relay.server.uploads import Uploads
 from relay.waits import Wait
-from tests.memory_broker import Answer, MemoryClient, connected
+from tests.memory_broker import PEER, Answer, MemoryClient, connected
 from tests.server.a_status import a_status
 from tests.uploading import request
 
@@ -214,3 +214,23 @@ async def test_a_client_that_leaves_is_no_error(admin: Admin) -> None:
         await client.send(get("/healthz")[:-1])
     async with admin.client() as client:
         await client.send(get("/healthz"))
+
+
+async def test_a_bug_in_a_page_is_a_500_and_its_reader_hears_nothing_of_what_it_was(
+    admin: Admin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> Iterator[Metric]:
+        raise ZeroDivisionError("secret")
+
+    monkeypatch.setattr(Admin, "metrics", fail)
+    client, stream = memory_stream_pair()
+    await client.send_all(get("/metrics") + get("/healthz"))
+    with pytest.raises(ZeroDivisionError):
+        await Admin().handler.serve(stream, PEER)
+    await stream.aclose()
+    answer = await MemoryClient(client).answer()
+    assert (answer.status, answer.json()["code"]) == (500, "internal-error")
+    assert answer.closes
+    assert b"secret" not in answer.body
+    # It is logged by whoever serves connections, and this one ends; others go on.
+    assert (await admin.get("/healthz")).status == 200
