@@ -144,11 +144,11 @@ class Figures:
                 family.add_metric([str(number), state], state == now)
         yield family
         for name, text, value in (
-            ("broker_connects", "Connections made.", sum(p.connects for p in publishers)),
+            ("broker_connects", "Connections made.", figures.connects),
             (
                 "broker_failures",
                 "Connections that were lost, and attempts that failed.",
-                sum(p.failures for p in publishers),
+                figures.failures,
             ),
             ("frames_republished", "Frames published once more.", figures.republished),
             ("frames_nacked", "Frames that a queue rejected.", figures.unacked[Outcome.NACKED]),

@@ -17,11 +17,15 @@ class Figures:
     """Since the start of the process.
 
     Attributes:
+        connects: connections made.
+        failures: connections lost, and attempts that failed.
         confirm_seconds: from publishing a frame to its confirm; of one frame in 16.
         republished: frames published once more, after a lost connection or a nack.
         unacked: frames that were nacked or returned.
     """
 
+    connects: int = 0
+    failures: int = 0
     confirm_seconds: Histogram = field(
         default_factory=lambda: Histogram(
             "relay_confirm_seconds",

@@ -75,7 +75,6 @@ class Publisher:
         self.config = config
         self.window = window or Window(config.window)
         self.connects = 0
-        self.failures = 0
         self.figures = figures or Figures()
         self.broker: str | None = None
         self._routes = routes
@@ -288,6 +287,7 @@ class Publisher:
         self._session = session
         self._patient_until = -math.inf
         self.connects += 1
+        self.figures.connects += 1
         self.broker = f"{parameters.host}:{parameters.port}"
         self._told.clear()
         log.info("connected to the broker at %s:%s", parameters.host, parameters.port)
@@ -309,7 +309,7 @@ class Publisher:
         self.blocked_since = None
         self._session = None
         self.broker = None
-        self.failures += not self._is_closing
+        self.figures.failures += not self._is_closing
         self.on_down(error)
 
     def _on_blocked_changed(self) -> None:

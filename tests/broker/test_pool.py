@@ -138,6 +138,21 @@ async def test_uploads_in_progress_keep_their_connection_when_the_configuration_
         assert pool.refusal() is None
 
 
+async def test_what_is_counted_never_gets_less(autojump_clock: MockClock) -> None:
+    network = Network()
+    async with running(network, 1) as (pool, (old,), nursery):
+        await old.cut()
+        second = await network.accept_ready()
+        await wait_all_tasks_blocked()
+        assert (pool.figures.connects, pool.figures.failures) == (2, 1)
+        nursery.start_soon(pool.renew, AmqpConfig(urls=("amqp://other",), heartbeat=0.0), {})
+        await network.accept_ready()
+        await second.accept_goodbye()
+        await second.wait_gone()
+        # Those of the connections that are gone are in it; a goodbye is no failure.
+        assert (pool.figures.connects, pool.figures.failures) == (3, 1)
+
+
 async def test_a_configuration_with_which_no_broker_is_found_changes_nothing(
     autojump_clock: MockClock,
 ) -> None:
