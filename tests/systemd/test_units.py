@@ -12,7 +12,7 @@ import trustme
 
 from relay.server.tokens import line_of
 from tests.systemd.lab import Lab
-from tests.systemd.machine import CONFIG, ROUTE, Machine
+from tests.systemd.machine import CONFIG, ROUTE, UNITS, Machine
 
 SYSTEMD = Path(__file__).parent.parent.parent / "systemd"
 MIB = 2**20
@@ -28,6 +28,12 @@ def test_systemd_finds_nothing_wrong_with_the_units(installed: Lab) -> None:
     installed.run("mkdir", "-p", "/run/verify")
     for path in SYSTEMD.glob("relay*.s*"):
         installed.write(f"/run/verify/{path.name.replace('@.', '@1.')}", path.read_text())
+    # With the drop-ins as they come, at the places that their first lines name.
+    for path in sorted((SYSTEMD / "drop-ins").glob("*.conf")):
+        text = path.read_text()
+        place = re.match(r"# /etc/systemd/system/(\S+):", text)
+        assert place is not None
+        installed.write(f"/run/verify/{place[1]}", text)
     verified = installed.run("systemd-analyze", "verify", *(f"/run/verify/{n}" for n in names))
     assert (verified.stdout, verified.stderr) == ("", "")
 
@@ -42,7 +48,7 @@ def test_an_instance_is_as_locked_down_as_the_one_service() -> None:
     one = (SYSTEMD / "relay.service").read_text().splitlines()
     instance = (SYSTEMD / "relay@.service").read_text().splitlines()
     different = [line for line in instance if line not in one]
-    assert [line.partition("=")[0] for line in different[1:]] == ["Description", "Sockets"]
+    assert [line.partition("=")[0] for line in different[1:]] == ["Description", "Sockets", "Also"]
     assert len(one) == len(instance)
 
 
@@ -64,6 +70,17 @@ def test_the_first_connection_starts_it(machine: Machine) -> None:
     assert machine.upload() == 201
     machine.wait_for("ActiveState", "active")
     assert "listening for uploads" in machine.log()
+
+
+def test_one_command_has_it_now_and_at_every_boot(machine: Machine) -> None:
+    machine.run("systemctl", "stop", *UNITS)
+    machine.run("systemctl", "enable", "--now", "relay")
+    try:
+        for unit in UNITS:
+            assert machine.run("systemctl", "is-enabled", unit).stdout == "enabled\n"
+            assert machine.show("ActiveState", unit) == "active"
+    finally:
+        machine.run("systemctl", "disable", *UNITS)
 
 
 def test_a_large_upload_passes_within_the_memory_that_the_unit_has(machine: Machine) -> None:
@@ -353,15 +370,31 @@ def test_there_is_nowhere_to_write_in_there(machine: Machine) -> None:
 
 def test_instances_share_one_port(machine: Machine) -> None:
     machine.run("systemctl", "stop", "relay.socket", "relay-admin.socket", "relay.service")
+    instances = ["relay@1", "relay@2"]
     sockets = [f"relay{admin}@{n}.socket" for n in (1, 2) for admin in ("", "-admin")]
-    machine.run("systemctl", "start", *sockets, "relay@1", "relay@2")
+    machine.run("systemctl", "enable", "--now", *instances)
+
+    def served() -> list[int]:
+        pages = [machine.page("/status", 8490 + n) for n in (1, 2)]
+        return [page["outcomes"].get("committed", 0) for page in pages]
+
+    def both_serve() -> bool:
+        assert machine.upload() == 201
+        return all(served())
+
     try:
-        assert [machine.page("/healthz", 8490 + n)["status"] for n in (1, 2)] == ["alive"] * 2
+        machine.lab.wait_until(both_serve, "the kernel has chosen each of them")
+        with Load(machine, clients=4) as load:
+            machine.lab.wait_until(lambda: len(load.statuses) > 20, "uploads flow")
+            machine.run("systemctl", "restart", "relay@1")
+            machine.lab.wait_until(lambda: served()[0] > 0, "it serves again", "relay@1")
+        assert load.failures == []
+        assert set(load.statuses) == {201}
         machine.run("systemctl", "stop", "relay@1.socket", "relay-admin@1.socket", "relay@1")
         assert {machine.upload() for _ in range(10)} == {201}
         assert machine.show("MainPID", "relay@1") == "0"
     finally:
-        machine.run("systemctl", "stop", *sockets, "relay@1", "relay@2")
+        machine.run("systemctl", "disable", "--now", *instances, *sockets)
 
 
 def test_the_receiver_has_its_files_where_the_unit_says(machine: Machine) -> None:
