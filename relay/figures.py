@@ -47,7 +47,7 @@ class Figures:
         self._broker = broker
         self._keys = keys
         self._pulse = pulse
-        self._process = ProcessCollector(registry=None)
+        self._process = _Process(registry=None)
         self._began = time.monotonic()
 
     def configure(self, config: Config) -> None:
@@ -189,6 +189,16 @@ class Figures:
             "outcomes": dict(self._uploads.finished),
             "errors": list(logs.recent),
         }
+
+
+class _Process(ProcessCollector):
+    """The process, also where there is no /proc/stat (ProcSubset=pid, as in relay's units).
+
+    The library, which reads the time of the machine's boot there, would show nothing at all.
+    """
+
+    def _boot_time(self) -> float:
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _state(publisher: Publisher) -> str:

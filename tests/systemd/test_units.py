@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 from http.client import HTTPException
 from pathlib import Path
 
@@ -363,6 +364,20 @@ def test_there_is_nowhere_to_write_in_there(machine: Machine) -> None:
     assert "the root is read-only: True" in log
     assert "writable: []" in log
     assert re.search(r"Max file size\s+0\s+0\s+bytes", log)
+
+
+def test_the_process_is_measured_in_there_too(machine: Machine) -> None:
+    client = machine.client(8481)
+    client.request("GET", "/metrics")
+    metrics = client.getresponse().read().decode()
+    readme = (SYSTEMD.parent / "README.md").read_text()
+    documented = set(re.findall(r"`(process_[a-z_]+)", readme))
+    values = dict(re.findall(r"^(process_[a-z_]+) (\S+)$", metrics, re.MULTILINE))
+    assert set(values) == documented
+    booted = time.time() - time.monotonic()
+    began = int(machine.show("ExecMainStartTimestampMonotonic")) / 1e6 + booted
+    # The kernel rounds to hundredths, and systemd takes its time before it forks.
+    assert float(values["process_start_time_seconds"]) == pytest.approx(began, abs=5)
 
 
 # --- other units ---------------------------------------------------------------------------------
