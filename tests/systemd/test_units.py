@@ -370,7 +370,7 @@ def test_the_process_is_measured_in_there_too(machine: Machine) -> None:
     client = machine.client(8481)
     client.request("GET", "/metrics")
     metrics = client.getresponse().read().decode()
-    readme = (SYSTEMD.parent / "README.md").read_text()
+    readme = (SYSTEMD / "README.md").read_text()
     documented = set(re.findall(r"`(process_[a-z_]+)", readme))
     values = dict(re.findall(r"^(process_[a-z_]+) (\S+)$", metrics, re.MULTILINE))
     assert set(values) == documented
