@@ -85,7 +85,7 @@ def test_one_command_has_it_now_and_at_every_boot(machine: Machine) -> None:
 
 
 def test_a_large_upload_passes_within_the_memory_that_the_unit_has(machine: Machine) -> None:
-    size, piece = 256 * MIB, bytes(MIB)
+    size, piece = 1024 * MIB, bytes(MIB)
     client = machine.client()
     assert client.upload((piece for _ in range(size // MIB)), size) == 201
     client.close()
@@ -95,6 +95,8 @@ def test_a_large_upload_passes_within_the_memory_that_the_unit_has(machine: Mach
     peak = re.search(r"VmHWM:\s+(\d+) kB", status)
     assert peak is not None
     assert int(peak[1]) * 1024 < 100 * MIB
+    io = machine.lab.path(f"/proc/{pid}/io").read_text()
+    assert "\nwrite_bytes: 0\n" in io
     assert machine.show("NRestarts") == "0"
 
 
