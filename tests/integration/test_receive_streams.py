@@ -143,9 +143,10 @@ def test_a_transfer_whose_beginning_is_gone_is_told_and_passed(
     early, long, last = cut(("a", b"x")), cut(("b", b"x" * 300 * FRAME)), cut(("c", b"x"))
     queue.publish_frames(early)
     assert start(queue.name, "--count", "1").wait() == 0
-    queue.publish_frames(long)
-    eventually(lambda: first_offset(rabbitmq, queue.name) > 1, "retention")
-    queue.publish_frames(last)
+    queue.publish_frames(long[:-1])
+    eventually(lambda: begins_at(rabbitmq, queue.name) > 1, "retention")
+    # Retention may have left nothing; of the transfer something must be there.
+    queue.publish_frames([long[-1], *last])
 
     receiver = start(queue.name, "--count", "1")
 
@@ -157,21 +158,15 @@ def test_a_transfer_whose_beginning_is_gone_is_told_and_passed(
     assert len(told) == 2
 
 
-def first_offset(rabbitmq: RabbitMQNode, queue: str) -> int:
-    with pika.BlockingConnection(pika.URLParameters(rabbitmq.url)) as connection:
-        channel = connection.channel()
-        channel.basic_qos(prefetch_count=1)
-        found: list[int] = []
-        channel.basic_consume(
-            queue,
-            lambda _channel, _method, properties, _body: found.append(
-                properties.headers["x-stream-offset"]
-            ),
-            arguments={"x-stream-offset": "first"},
-        )
-        while not found:
-            connection.process_data_events(1)
-        return found[0]
+def begins_at(rabbitmq: RabbitMQNode, queue: str) -> int:
+    """The first offset that the stream's files still have; each is called after its own first one.
+
+    No consumer can tell: all may be gone, and then nothing comes. And a stream delivers by whole
+    blocks of messages, whatever the prefetch; what pika's BlockingConnection has not handed out it
+    rejects when it closes, which RabbitMQ answers with 540, for streams know no rejects.
+    """
+    segments = [int(file.stem) for file in rabbitmq.directory.rglob(f"*{queue}*/*.segment")]
+    return min(segments, default=0)
 
 
 def test_a_stream_made_anew_is_not_mistaken_for_the_old_one(
