@@ -10,7 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from relay import __version__
-from relay.config import Config, ConfigError, load, naming, parse_address, parse_duration
+from relay.config import Config, ConfigError, load, naming
+from relay.values import parse_address, parse_duration
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,7 +2,7 @@
 
 Every key has a default, so that no file is needed. Each module of relay gets the slice it needs
 and no more. Unknown keys are errors, and so is every value out of range: a daemon that starts
-understood its whole configuration. This module knows no other module of relay.
+understood its whole configuration. This module knows no other of relay but ``values``.
 
 Sizes are in bytes and durations in seconds once parsed; files may say ``"64 MiB"`` and ``"30 s"``.
 """
@@ -17,196 +17,20 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlsplit
 
+from relay import values
+from relay.values import CLIENT_MAX, SHORT_TEXT_MAX
+
 Slice = TypeVar("Slice")
 
 FRAME_SIZE_MIN: Final = 4096
 FRAME_SIZE_MAX: Final = 16 * 1024 * 1024
 """RabbitMQ 4's default limit on a message's size (``max_message_size``)."""
 
-SHORT_TEXT_MAX: Final = 255
-"""Bytes of UTF-8 in a name or routing key (AMQP 0-9-1, section 4.2.5.3)."""
-
-CLIENT_MAX: Final = 128
-"""Bytes of UTF-8 in a client's name: beside a transfer's id and a route's name it fits into a
-routing key."""
-
-_ROUTING_KEY = re.compile(r"(?:[^{}]|\{\{|\}\}|\{(?:transfer|route|client)\})*")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
 class ConfigError(ValueError):
     """The configuration cannot be used. One line: which key, and why."""
-
-
-# --- parsers of single values ------------------------------------------------------------------
-# Each takes the TOML value and returns the value to keep, or raises ValueError with what it must
-# be.
-
-
-def parse_size(value: object) -> int:
-    """Bytes from an integer or text such as ``"64 MiB"`` (KiB, MiB, GiB, TiB, B)."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        number = value
-    elif isinstance(value, str) and (
-        match := re.fullmatch(r"(\d{1,18})\s*([KMGT]iB|B)?", value.strip(), re.ASCII)
-    ):
-        number = int(match[1]) << {"K": 10, "M": 20, "G": 30, "T": 40}.get((match[2] or "B")[0], 0)
-    else:
-        raise ValueError('bytes or text such as "64 MiB"')
-    if number < 0:
-        raise ValueError("0 bytes or more")
-    return number
-
-
-def parse_duration(value: object) -> float:
-    """Seconds from a number or text such as ``"30 s"`` (ms, s, min, h)."""
-    seconds: float
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = value
-    elif isinstance(value, str) and (
-        match := re.fullmatch(r"(\d{1,18}(?:\.\d+)?)\s*(ms|s|min|h)?", value.strip(), re.ASCII)
-    ):
-        seconds = float(match[1]) * {"ms": 0.001, "min": 60, "h": 3600}.get(match[2] or "s", 1)
-    else:
-        raise ValueError('seconds or text such as "30 s"')
-    if not 0 <= seconds <= 366 * 86400:
-        raise ValueError("between 0 s and a year")
-    return float(seconds)
-
-
-def _integer(minimum: int, maximum: int = 2**31 - 1) -> Callable[[object], int]:
-    def parse(value: object) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise ValueError(f"an integer between {minimum} and {maximum}")
-        return value
-
-    return parse
-
-
-def _positive_size(value: object) -> int:
-    if (size := parse_size(value)) == 0:
-        raise ValueError("a size above 0")
-    return size
-
-
-def _positive_duration(value: object) -> float:
-    if (seconds := parse_duration(value)) == 0:
-        raise ValueError("a duration above 0")
-    return seconds
-
-
-def _heartbeat(value: object) -> float:
-    seconds = parse_duration(value)
-    # Whole seconds in 16 bits (AMQP 0-9-1, connection.tune).
-    if seconds and not 1 <= seconds <= 65535:
-        raise ValueError("0 for none, or 1 s to 65535 s")
-    return seconds
-
-
-def _text(value: object) -> str:
-    # Neither AMQP nor the operating system can have a NUL in a name.
-    if not isinstance(value, str) or "\0" in value:
-        raise ValueError("text")
-    return value
-
-
-def _short_text(value: object) -> str:
-    text = _text(value)
-    if len(text.encode()) > SHORT_TEXT_MAX:
-        raise ValueError(f"at most {SHORT_TEXT_MAX} bytes of text")
-    return text
-
-
-def _name(value: object) -> str:
-    # An empty name makes the broker invent another one at each declaration.
-    if not (name := _short_text(value)):
-        raise ValueError("a name")
-    return name
-
-
-def _client(value: object) -> str:
-    if not is_client_name(text := _text(value)):
-        raise ValueError(f"1 to {CLIENT_MAX} bytes of printable text")
-    return text
-
-
-def is_client_name(text: str) -> bool:
-    """Whether text can be a client's name: in a log line, an AMQP header and a routing key."""
-    # isprintable: no control, no invisible and no unassigned characters, and of spaces only " ".
-    fits = 1 <= len(text) <= CLIENT_MAX and text.isprintable() and text == text.strip()
-    return fits and len(text.encode()) <= CLIENT_MAX
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("true or false")
-    return value
-
-
-def _one_of(*choices: str) -> Callable[[object], str]:
-    def parse(value: object) -> str:
-        if value not in choices:
-            raise ValueError("one of " + ", ".join(choices))
-        return str(value)
-
-    return parse
-
-
-def _list_of(parse_item: Callable[[object], str]) -> Callable[[object], tuple[str, ...]]:
-    def parse(value: object) -> tuple[str, ...]:
-        if not isinstance(value, list):
-            raise ValueError("a list")
-        return tuple(parse_item(item) for item in value)
-
-    return parse
-
-
-def parse_address(value: object) -> str:
-    """``host:port``, ``[v6]:port`` or ``unix:PATH``; port 0 lets the system choose."""
-    text = _text(value)
-    if text.startswith("unix:"):
-        if len(text) == len("unix:"):
-            raise ValueError("unix: and a path")
-        return text
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not re.fullmatch("[0-9]{1,5}", port) or int(port) > 65535:
-        raise ValueError("host:port, [v6]:port or unix:PATH")
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ValueError("[v6]:port, such as [::1]:8480")
-    return text
-
-
-def _admin_address(value: object) -> str:
-    return "" if value == "" else parse_address(value)
-
-
-def parse_amqp_url(value: object) -> str:
-    """``amqp://user:password@host:port/vhost``; relay has keys of its own for a URL's query."""
-    try:
-        parts = urlsplit(_text(value))
-        valid = parts.scheme in ("amqp", "amqps") and bool(parts.hostname) and parts.port != 0
-        # A name that cannot be one is an error here rather than at each attempt to connect.
-        (parts.hostname or "").encode("idna")
-    except ValueError:
-        valid = False
-    if not valid or parts.query or parts.fragment:
-        raise ValueError("amqp://user:password@host:port/vhost, or amqps")
-    return str(value)
-
-
-def _routing_key(value: object) -> str:
-    template = _text(value)
-    if not _ROUTING_KEY.fullmatch(template):
-        raise ValueError("text with {transfer}, {route} and {client}, and other braces doubled")
-    return template
-
-
-def _arguments(value: object) -> Mapping[str, str | int | bool]:
-    if not isinstance(value, dict) or not all(
-        isinstance(v, str) or (isinstance(v, int) and -(2**63) <= v < 2**63) for v in value.values()
-    ):
-        raise ValueError("a table of text, 64-bit integers and booleans")
-    return {_short_text(key): argument for key, argument in value.items()}
 
 
 def _key(default: Any, parse: Callable[[object], Any]) -> Any:
@@ -221,31 +45,31 @@ def _key(default: Any, parse: Callable[[object], Any]) -> Any:
 class TlsConfig:
     """TLS on the upload listener's TCP sockets; ``[http.tls]``. Without a certificate: none."""
 
-    certificate_file: str = _key("", _text)
-    key_file: str = _key("", _text)
-    client_ca_file: str = _key("", _text)
+    certificate_file: str = _key("", values.any_text)
+    key_file: str = _key("", values.any_text)
+    client_ca_file: str = _key("", values.any_text)
 
 
 @dataclass(frozen=True, kw_only=True)
 class HttpConfig:
     """The upload listener; ``[http]``. Timeouts in seconds, sizes in bytes."""
 
-    listen: tuple[str, ...] = _key(["127.0.0.1:8480"], _list_of(parse_address))
-    anonymous: bool = _key(False, _flag)
-    max_connections: int = _key(1024, _integer(1))
-    max_uploads: int = _key(256, _integer(1))
-    max_uploads_per_client: int = _key(0, _integer(0))
-    max_header_bytes: int = _key("16 KiB", _positive_size)
-    max_headers: int = _key(100, _integer(1))
-    header_timeout: float = _key("10 s", _positive_duration)
-    body_idle_timeout: float = _key("30 s", _positive_duration)
-    min_body_rate: int = _key("1 KiB", parse_size)
-    min_body_rate_grace: float = _key("10 s", parse_duration)
-    max_client_rate: int = _key(0, parse_size)
-    keep_alive_timeout: float = _key("60 s", _positive_duration)
-    keep_alive_requests: int = _key(1000, _integer(1))
-    drain_timeout: float = _key("30 s", parse_duration)
-    receipt_parts: int = _key(100, _integer(0))
+    listen: tuple[str, ...] = _key(["127.0.0.1:8480"], values.list_of(values.parse_address))
+    anonymous: bool = _key(False, values.flag)
+    max_connections: int = _key(1024, values.integer(1))
+    max_uploads: int = _key(256, values.integer(1))
+    max_uploads_per_client: int = _key(0, values.integer(0))
+    max_header_bytes: int = _key("16 KiB", values.positive_size)
+    max_headers: int = _key(100, values.integer(1))
+    header_timeout: float = _key("10 s", values.positive_duration)
+    body_idle_timeout: float = _key("30 s", values.positive_duration)
+    min_body_rate: int = _key("1 KiB", values.parse_size)
+    min_body_rate_grace: float = _key("10 s", values.parse_duration)
+    max_client_rate: int = _key(0, values.parse_size)
+    keep_alive_timeout: float = _key("60 s", values.positive_duration)
+    keep_alive_requests: int = _key(1000, values.integer(1))
+    drain_timeout: float = _key("30 s", values.parse_duration)
+    receipt_parts: int = _key(100, values.integer(0))
     tls: TlsConfig = field(default_factory=TlsConfig)
 
 
@@ -253,7 +77,7 @@ class HttpConfig:
 class AuthConfig:
     """Who clients are, beside what ``[http.tls]`` tells; ``[auth]``."""
 
-    tokens_file: str = _key("", _text)
+    tokens_file: str = _key("", values.any_text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,45 +85,45 @@ class AmqpConfig:
     """The broker; ``[amqp]``. Windows are bytes published and not yet confirmed."""
 
     urls: tuple[str, ...] = _key(
-        ["amqp://guest:guest@127.0.0.1:5672/%2f"], _list_of(parse_amqp_url)
+        ["amqp://guest:guest@127.0.0.1:5672/%2f"], values.list_of(values.parse_amqp_url)
     )
-    password_file: str = _key("", _text)
-    ca_file: str = _key("", _text)
-    certificate_file: str = _key("", _text)
-    key_file: str = _key("", _text)
-    connections: int = _key(1, _integer(1, 64))
-    window: int = _key("64 MiB", _positive_size)
-    upload_window: int = _key("8 MiB", _positive_size)
-    heartbeat: float = _key("30 s", _heartbeat)
-    reconnect_grace: float = _key("30 s", parse_duration)
-    blocked_grace: float = _key("30 s", parse_duration)
-    confirm_timeout: float = _key("60 s", _positive_duration)
+    password_file: str = _key("", values.any_text)
+    ca_file: str = _key("", values.any_text)
+    certificate_file: str = _key("", values.any_text)
+    key_file: str = _key("", values.any_text)
+    connections: int = _key(1, values.integer(1, 64))
+    window: int = _key("64 MiB", values.positive_size)
+    upload_window: int = _key("8 MiB", values.positive_size)
+    heartbeat: float = _key("30 s", values.heartbeat)
+    reconnect_grace: float = _key("30 s", values.parse_duration)
+    blocked_grace: float = _key("30 s", values.parse_duration)
+    confirm_timeout: float = _key("60 s", values.positive_duration)
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdminConfig:
     """The admin listener; ``[admin]``. An empty address turns it off."""
 
-    listen: str = _key("127.0.0.1:8481", _admin_address)
+    listen: str = _key("127.0.0.1:8481", values.admin_address)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogConfig:
     """``[log]``. ``auto`` is logfmt, with syslog levels where journald reads them."""
 
-    level: str = _key("info", _one_of("debug", "info", "warning", "error"))
-    format: str = _key("auto", _one_of("auto", "logfmt", "json"))
+    level: str = _key("info", values.one_of("debug", "info", "warning", "error"))
+    format: str = _key("auto", values.one_of("auto", "logfmt", "json"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class QueueConfig:
     """A queue to declare, durable, when the daemon connects; ``[routes.NAME.queue]``."""
 
-    name: str = _key("uploads", _name)
-    type: str = _key("quorum", _one_of("quorum", "classic", "stream"))
+    name: str = _key("uploads", values.name)
+    type: str = _key("quorum", values.one_of("quorum", "classic", "stream"))
     arguments: Mapping[str, str | int | bool] = field(
         default_factory=lambda: {"x-overflow": "reject-publish", "x-single-active-consumer": True},
-        metadata={"parse": _arguments},
+        metadata={"parse": values.arguments},
     )
 
 
@@ -308,17 +132,19 @@ class RouteConfig:
     """Where transfers go; ``[routes.NAME]``. 0 means no limit."""
 
     name: str
-    exchange: str = _key("", _short_text)
-    routing_key: str = _key("uploads", _routing_key)
-    mandatory: bool = _key(True, _flag)
-    persistent: bool = _key(True, _flag)
-    frame_size: int = _key(131064, parse_size)
-    digests: tuple[str, ...] = _key([], _list_of(_one_of("crc32c", "sha-256", "sha-512")))
-    max_bytes: int = _key(0, parse_size)
-    max_part_bytes: int = _key(0, parse_size)
-    max_parts: int = _key(1000, _integer(1))
-    max_part_header_bytes: int = _key("8 KiB", _positive_size)
-    clients: tuple[str, ...] = _key([], _list_of(_client))
+    exchange: str = _key("", values.short_text)
+    routing_key: str = _key("uploads", values.routing_key)
+    mandatory: bool = _key(True, values.flag)
+    persistent: bool = _key(True, values.flag)
+    frame_size: int = _key(131064, values.parse_size)
+    digests: tuple[str, ...] = _key(
+        [], values.list_of(values.one_of("crc32c", "sha-256", "sha-512"))
+    )
+    max_bytes: int = _key(0, values.parse_size)
+    max_part_bytes: int = _key(0, values.parse_size)
+    max_parts: int = _key(1000, values.integer(1))
+    max_part_header_bytes: int = _key("8 KiB", values.positive_size)
+    clients: tuple[str, ...] = _key([], values.list_of(values.client))
     queue: QueueConfig | None = None
 
 
@@ -419,15 +245,15 @@ def from_document(document: dict[str, Any]) -> Config:
 def _slice(defaults: Slice, where: str, section: Mapping[str, Any]) -> Slice:
     """``defaults`` with what ``section`` says in place; unknown keys are errors."""
     known = {f.name: f for f in fields(defaults) if "parse" in f.metadata}  # type: ignore[arg-type]
-    values = {}
+    changed = {}
     for key, value in section.items():
         if key not in known:
             raise ConfigError(f"{where}.{key}: unknown key")
         try:
-            values[key] = known[key].metadata["parse"](value)
+            changed[key] = known[key].metadata["parse"](value)
         except ValueError as exc:
             raise ConfigError(f"{where}.{key}: must be {exc}") from exc
-    return replace(defaults, **values)  # type: ignore[type-var]
+    return replace(defaults, **changed)  # type: ignore[type-var]
 
 
 def _http(section: Mapping[str, Any]) -> HttpConfig:

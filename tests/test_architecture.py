@@ -81,8 +81,8 @@ TABLE = """
     server.pace            | trio                    | all
     server.idempotency     |                         | broker transfer
     server.responses       |                         | broker transfer protocol
-    server.identity        |                         | all but server.tokens config errors
-    server.tokens          |                         | all but config
+    server.identity        |                         | all but server.tokens config values errors
+    server.tokens          |                         | all but config values
                            |                         |
     broker.pool            | trio                    | transfer protocol
     broker.publisher       | trio pika               | transfer
@@ -104,7 +104,8 @@ TABLE = """
     waits                  | trio                    | all
     logs                   |                         | all but journal config
     journal                |                         | all
-    config                 |                         | all
+    config                 |                         | all but values
+    values                 |                         | all
     backoff                |                         | all
                            |                         |
     protocol.request       | http_sf                 | protocol.wire protocol.confirms

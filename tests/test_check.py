@@ -19,9 +19,9 @@ from relay.config import (
     QueueConfig,
     RouteConfig,
     TlsConfig,
-    is_client_name,
     load,
 )
+from relay.values import is_client_name
 
 NO_PASSWORD = AmqpConfig(urls=("amqp://broker",))
 

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.config import (
-    CLIENT_MAX,
     AdminConfig,
     AmqpConfig,
     AuthConfig,
@@ -27,11 +26,8 @@ from relay.config import (
     from_document,
     keep_fixed,
     load,
-    parse_address,
-    parse_amqp_url,
-    parse_duration,
-    parse_size,
 )
+from relay.values import CLIENT_MAX, parse_address, parse_amqp_url, parse_duration, parse_size
 
 CONTRACT = """
 [http]

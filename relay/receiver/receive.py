@@ -8,13 +8,14 @@ import sys
 import trio
 
 from relay.broker.connect import Connector
-from relay.config import AmqpConfig, ConfigError, parse_amqp_url
+from relay.config import AmqpConfig, ConfigError
 from relay.receiver import operations
 from relay.receiver.consumer import Consumer
 from relay.receiver.files import FileSink
 from relay.receiver.intake import Intake
 from relay.receiver.names import DEFAULT_TEMPLATE, Template
 from relay.receiver.options import Options, StorageOptions
+from relay.values import parse_amqp_url
 
 
 def receive(options: Options) -> int:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from relay.config import RouteConfig, is_client_name
+from relay.config import RouteConfig
 from relay.errors import Forbidden, Unauthorized
 from relay.server.tokens import Tokens
+from relay.values import is_client_name
 
 # RFC 6750, section 2.1; schemes are case-insensitive (RFC 9110, section 11.1).
 _BEARER: Final = re.compile(rb"bearer +([-._~+/0-9a-z]+=*)", re.IGNORECASE)

@@ -16,7 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Final
 
-from relay.config import ConfigError, is_client_name
+from relay.config import ConfigError
+from relay.values import is_client_name
 
 PREFIX: Final = "relay_"
 """Begins each token, so that those who scan for leaked secrets can tell what they have found."""

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from relay.config import CLIENT_MAX, RouteConfig
+from relay.config import RouteConfig
 from relay.errors import Forbidden, Unauthorized
 from relay.server.identity import Access, Peer, name_in
 from relay.server.tokens import Tokens, line_of
+from relay.values import CLIENT_MAX
 
 TOKEN = "relay_secret"
 TOKENS = Tokens(line_of("alice", TOKEN))

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.config import ConfigError, is_client_name
+from relay.config import ConfigError
 from relay.server.tokens import Tokens, append, is_token_name, line_of, load, new_token
+from relay.values import is_client_name
 
 HASH = "sha256:" + "0" * 64
 
