@@ -110,6 +110,8 @@ def torture(rig: Rig, queue_type: str, kills: int) -> Outcome:
     try:
         for number in range(kills):
             _kill_once(rig, outcome, kills - number)
+            if outcome.violations:
+                return outcome
     finally:
         publisher.join()
     _finish(rig, outcome, queue_type)
@@ -133,7 +135,9 @@ def _kill_once(rig: Rig, outcome: Outcome, kills_left: int) -> None:
         if receiver.exit_code is not None:
             outcome.violations.append(f"it exited by itself with {receiver.exit_code}")
     if name == "no progress":
-        outcome.violations.append("it made no progress in 60 s")
+        columns = ("name", "messages_ready", "messages_unacknowledged", "consumers", "state")
+        queues, alarms = rig.node.ctl("list_queues", *columns), rig.node.ctl("status")
+        outcome.violations.append(f"it made no progress in 60 s:\n{queues}\n{alarms}")
     outcome.kills += 1
     outcome.moments[name] += 1
 

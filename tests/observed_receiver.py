@@ -136,9 +136,15 @@ def properties_of(message: Message, **changed: object) -> BasicProperties:
 
 
 def publish(url: str, queue: str, messages: Iterable[tuple[BasicProperties, bytes]]) -> int:
-    """Publish to a queue that exists; returns how many, when the broker has taken all of them."""
+    """Publish to a queue that exists; returns how many, when the broker has taken all of them.
+
+    Raises:
+        ConnectionBlockedTimeout: an alarm of the broker's has lasted for PATIENCE.
+    """
     count = 0
-    with pika.BlockingConnection(pika.URLParameters(url)) as connection:
+    parameters = pika.URLParameters(url)
+    parameters.blocked_connection_timeout = PATIENCE
+    with pika.BlockingConnection(parameters) as connection:
         channel = connection.channel()
         for properties, body in messages:
             channel.basic_publish("", queue, body, properties)
