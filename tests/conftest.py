@@ -6,7 +6,8 @@ from contextlib import ExitStack
 import pytest
 from hypothesis import HealthCheck, settings
 
-from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
+from relay.demo.rabbitmq import RabbitMQNode
+from tests.private_node import must_be_installed
 
 # Both a deadline and the "too slow" check would fail on a busy machine alone.
 settings.register_profile(
@@ -41,8 +42,5 @@ def new_node() -> Iterator[Callable[..., RabbitMQNode]]:
 def _private_node(
     config: Mapping[str, str] | None = None, plugins: Sequence[str] = ()
 ) -> RabbitMQNode:
-    # Never a skip: without a broker half of what relay promises would go untested, unnoticed.
-    try:
+    with must_be_installed():
         return RabbitMQNode(config=config, plugins=plugins)
-    except RabbitMQMissing as exc:
-        pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)

@@ -10,8 +10,9 @@ from typing import Final, Self
 import pytest
 
 from relay.demo.daemon import Daemon
-from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
+from relay.demo.rabbitmq import RabbitMQNode
 from tests.cluster import Cluster
+from tests.private_node import must_be_installed
 from tests.queue_reader import messages_now, reassemble, transfers_in
 from tests.uploading import Answer, RawConnection, content, request, request_head
 
@@ -54,10 +55,8 @@ upload_window = "256 KiB"
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A cluster to break; each test leaves it whole, and the queue empty."""
-    try:
+    with must_be_installed():
         cluster = Cluster()
-    except RabbitMQMissing as exc:
-        pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
     with cluster:
         yield cluster
 

@@ -13,9 +13,10 @@ from typing import Final, Self
 import pytest
 
 from relay.demo.daemon import Daemon
-from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
+from relay.demo.rabbitmq import RabbitMQNode
 from relay.model import Abort, Frame
 from relay.server.uploads import READ_SIZE_MAX
+from tests.private_node import must_be_installed
 from tests.queue_reader import messages_left, messages_now, transfers_in
 from tests.uploading import (
     FRAME_SIZE,
@@ -66,10 +67,8 @@ def daemon(rabbitmq: RabbitMQNode, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def victim() -> Iterator[RabbitMQNode]:
     """A node to break; each test leaves it running."""
-    try:
+    with must_be_installed():
         node = RabbitMQNode()
-    except RabbitMQMissing as exc:
-        pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
     with node:
         yield node
 

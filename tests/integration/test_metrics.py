@@ -21,9 +21,10 @@ import requests
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay.demo.daemon import Daemon
-from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
+from relay.demo.rabbitmq import RabbitMQNode
 from relay.errors import codes
 from tests.integration.test_failures import Sender
+from tests.private_node import must_be_installed
 from tests.queue_reader import transfers_in
 from tests.receiver_admin import admin_url
 from tests.receiving import Receiver
@@ -114,10 +115,8 @@ class Life:
 
 @contextmanager
 def private_node() -> Iterator[RabbitMQNode]:
-    try:
+    with must_be_installed():
         node = RabbitMQNode()
-    except RabbitMQMissing as exc:
-        pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
     with node:
         yield node
 

@@ -9,7 +9,8 @@ from typing import Final, Self
 import pytest
 
 from relay.demo.daemon import Daemon
-from relay.demo.rabbitmq import RabbitMQFailed, RabbitMQMissing, RabbitMQNode
+from relay.demo.rabbitmq import RabbitMQFailed, RabbitMQNode
+from tests.private_node import must_be_installed
 from tests.queue_reader import Received, messages_left, transfers_in
 from tests.uploading import (
     Answer,
@@ -51,10 +52,8 @@ loop without backoff makes hundreds."""
 @pytest.fixture(scope="module")
 def node() -> Iterator[RabbitMQNode]:
     """A node whose operator we are; each test leaves it as it was."""
-    try:
+    with must_be_installed():
         node = RabbitMQNode(config={"max_message_size": str(MAX_MESSAGE)})
-    except RabbitMQMissing as exc:
-        pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
     with node:
         yield node
 

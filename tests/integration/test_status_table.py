@@ -19,8 +19,9 @@ import pika
 import pytest
 
 from relay.demo.daemon import Daemon
-from relay.demo.rabbitmq import RabbitMQMissing, RabbitMQNode
+from relay.demo.rabbitmq import RabbitMQNode
 from relay.model import Frame
+from tests.private_node import must_be_installed
 from tests.queue_reader import messages_now
 from tests.still_queue import standing_still
 from tests.uploading import RawConnection, check_problem, request, request_head
@@ -352,10 +353,8 @@ TABLE: Final = (
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     with ExitStack() as stack:
-        try:
+        with must_be_installed():
             node = stack.enter_context(RabbitMQNode())
-        except RabbitMQMissing as exc:
-            pytest.fail(f"{exc}; or run ./dev setup", pytrace=False)
         yield Site(node, tmp_path_factory.mktemp("site"), stack)
 
 
