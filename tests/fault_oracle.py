@@ -19,7 +19,7 @@ import trio
 
 from relay.model import Abort, Frame
 from relay.protocol import reassembly
-from relay.protocol.framing import crc32c
+from relay.protocol.crc import crc32c
 from tests.uploading import FRAME_SIZE, Part, browser_form
 
 PIECE: Final = 64 * 1024

@@ -14,7 +14,8 @@ from typing import Final
 from pika.spec import BasicProperties
 
 from relay.model import PartHead, Transfer
-from relay.protocol.framing import Framer, crc32c
+from relay.protocol.crc import crc32c
+from relay.protocol.framing import Framer
 from relay.protocol.wire import Message, encode_frame
 from tests.observed_receiver import properties_of
 

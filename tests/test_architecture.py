@@ -58,7 +58,7 @@ TABLE = """
     receiver.quarantine    |                         | server broker transfer protocol
     receiver.pending       |                         | server broker transfer protocol
     receiver.ledger        |                         | server broker transfer protocol
-    receiver.staging       | google_crc32c           | server broker transfer
+    receiver.staging       |                         | server broker transfer
     receiver.receipts      |                         | server broker transfer protocol
     receiver.names         |                         | server broker transfer protocol
     receiver.offsets       |                         | all
@@ -116,8 +116,9 @@ TABLE = """
     protocol.target        |                         | all but protocol.head errors
     protocol.trace_context |                         | all
     protocol.head          |                         | all but errors
-    protocol.reassembly    | google_crc32c           | all but protocol.framing model
-    protocol.framing       | google_crc32c           | all but model
+    protocol.reassembly    |                         | all but protocol.framing protocol.crc model
+    protocol.framing       |                         | all but protocol.crc model
+    protocol.crc           | google_crc32c           | all
     protocol.wire          |                         | all but model
     protocol.confirms      |                         | all
                            |                         |

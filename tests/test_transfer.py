@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from relay.errors import BadMultipart, ClientGone, DigestMismatch, QueueFull, RelayError
 from relay.model import Frame, PartHead, Receipt, Transfer
+from relay.protocol.crc import crc32c
 from relay.protocol.form_data import FormData, RawBody
-from relay.protocol.framing import Framer, crc32c
+from relay.protocol.framing import Framer
 from relay.transfer import Upload, new_transfer_id
 from tests.uploading import Part, browser_form
 

@@ -17,12 +17,12 @@ from pathlib import PurePath
 from typing import BinaryIO, Final
 from urllib.parse import quote
 
-import google_crc32c
 import trio
 
 from relay.client.exchange import Unsendable
 from relay.config import ConfigError
 from relay.model import PartTail
+from relay.protocol.crc import extend
 from relay.protocol.disposition import disposition_params
 from relay.protocol.framing import ALGORITHMS
 
@@ -248,7 +248,7 @@ class Payload:
                 continue
             size += len(block)
             reading.size += len(block)
-            crc = google_crc32c.extend(crc, block)
+            crc = extend(crc, block)
             for hash_ in hashes.values():
                 hash_.update(block)
             yield block

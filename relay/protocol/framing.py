@@ -11,9 +11,8 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
-import google_crc32c
-
 from relay.model import Frame, PartHead, PartReceipt, PartTail, Receipt, Totals, Transfer
+from relay.protocol.crc import crc32c, extend, join
 
 
 class _Hash(Protocol):
@@ -33,11 +32,6 @@ RECEIPT_TEXT: Final = 16 * 1024
 parts it lists may have names of some KiB."""
 
 
-def crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli, RFC 3720 appendix B.4) of ``data`` as an unsigned 32-bit integer."""
-    return int(google_crc32c.value(data))
-
-
 class PartDigest:
     """Size and digests of one part, fed frame by frame; used by both ends."""
 
@@ -45,13 +39,19 @@ class PartDigest:
         """``algorithms`` are keys of ALGORITHMS; crc32c is always computed."""
         self.size = 0
         self._crc = 0
+        self._frame_size = 0
         self._hashes = {name: ALGORITHMS[name]() for name in algorithms}
 
     def update(self, body: bytes, crc: int) -> None:
         """Add a frame's body, whose crc32c the caller knows already."""
-        # The first frame's checksum is the part's so far: small parts are summed only once.
-        self._crc = crc if self.size == 0 else google_crc32c.extend(self._crc, body)
-        self.size += len(body)
+        size = len(body)
+        if self.size == 0:
+            self._crc, self._frame_size = crc, size
+        elif size == self._frame_size:
+            self._crc = join(self._crc, crc, size)
+        else:  # a last frame: its size is too rare to be worth a table
+            self._crc = extend(self._crc, body)
+        self.size += size
         for hash_ in self._hashes.values():
             hash_.update(body)
 
@@ -185,7 +185,7 @@ class Framer:
         self._parts += 1
 
     def _cut(self, body: bytes, *, last: bool = False) -> Frame:
-        crc = google_crc32c.value(body)
+        crc = crc32c(body)
         offset = self._digest.size
         self._digest.update(body, crc)
         head = self._head if offset == 0 else None

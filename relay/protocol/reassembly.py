@@ -29,7 +29,8 @@ from enum import Enum, StrEnum
 from typing import Final
 
 from relay.model import Abort, Frame, PartHead, PartTail, Totals, Transfer
-from relay.protocol.framing import ALGORITHMS, PartDigest, crc32c
+from relay.protocol.crc import crc32c
+from relay.protocol.framing import ALGORITHMS, PartDigest
 
 KNOWN_DIGESTS: Final = frozenset({"crc32c", *ALGORITHMS})
 """Digests that are verified; others, which a later publisher may add, are ignored."""

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from relay.model import PartHead, Totals, Transfer
-from relay.protocol.framing import PartDigest, crc32c
+from relay.protocol.crc import crc32c
+from relay.protocol.framing import PartDigest
 from relay.protocol.reassembly import PartEnded, Past, Position
 
 
@@ -182,7 +183,7 @@ def verify(ended: PartEnded, blocks: Iterable[bytes]) -> None:
         return
     digest = PartDigest([name for name in ended.unchecked if name != "crc32c"])
     for block in blocks:
-        digest.update(block, crc32c(block) if digest.size == 0 else 0)
+        digest.update(block, crc32c(block))
     found = digest.tail().digest
     for name, expected in ended.unchecked.items():
         if found[name] != expected:

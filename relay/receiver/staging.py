@@ -20,9 +20,8 @@ from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, astuple
 from typing import Any, BinaryIO, Final
 
-import google_crc32c
-
 from relay.model import PartHead, Totals, Transfer
+from relay.protocol.crc import extend
 from relay.protocol.framing import ALGORITHMS
 from relay.protocol.reassembly import PartEnded, Position
 from relay.receiver import Refused, disk
@@ -311,7 +310,7 @@ def verify(file: int, part: int, digests: Mapping[str, str]) -> None:
     position = 0
     while block := os.pread(file, _READ_SIZE, position):
         position += len(block)
-        crc = google_crc32c.extend(crc, block)
+        crc = extend(crc, block)
         for hash_ in hashes.values():
             hash_.update(block)
     found = {name: hash_.hexdigest() for name, hash_ in hashes.items()}

@@ -22,7 +22,7 @@ from relay.client.report import Report
 from relay.client.send import BACKOFF_FIRST, BACKOFF_LAST, Job, Options, Sender, plan
 from relay.client.source import find
 from relay.config import ConfigError, HttpConfig, RouteConfig
-from relay.protocol.framing import crc32c
+from relay.protocol.crc import crc32c
 from relay.server.handler import UploadHandler
 from relay.server.uploads import Uploads
 from tests.http_server import ScriptedServer

@@ -16,8 +16,8 @@ from relay.client.exchange import Unsendable
 from relay.client.source import BLOCK, Item, Payload, find
 from relay.config import ConfigError
 from relay.model import PartHead
+from relay.protocol.crc import crc32c
 from relay.protocol.form_data import BodyParser, FormData, RawBody
-from relay.protocol.framing import crc32c
 from relay.protocol.request import RequestHead, parse_request
 
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=60)

@@ -18,7 +18,8 @@ import pytest
 
 from relay.demo.rabbitmq import RabbitMQNode
 from relay.model import Frame, PartHead, PartTail, Totals, Transfer
-from relay.protocol.framing import Framer, crc32c
+from relay.protocol.crc import crc32c
+from relay.protocol.framing import Framer
 from relay.protocol.wire import encode_abort, encode_frame
 from tests import hostile_messages as hostile
 from tests.hostile_messages import HUGE, Published

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.errors import BadRequest
+from relay.protocol.crc import crc32c
 from relay.protocol.digest_fields import DIGEST_SIZES, given_digests, wanted_digests
-from relay.protocol.framing import ALGORITHMS, crc32c
+from relay.protocol.framing import ALGORITHMS
 
 BODY = b'{"hello": "world"}'  # the example of RFC 9530, appendix D
 SHA_256 = b"sha-256=:X48E9qOokqqrvdts8nOJRJN3OWDUoyWxBf7kbu9DBPE=:"

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.model import Frame, PartHead, PartTail, Receipt, Totals, Transfer
-from relay.protocol.framing import RECEIPT_TEXT, Framer, PartDigest, crc32c
+from relay.protocol.crc import crc32c
+from relay.protocol.framing import RECEIPT_TEXT, Framer, PartDigest
 
 N = 8
 """A frame size at which every boundary is near."""

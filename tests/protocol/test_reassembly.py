@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.model import Abort, Frame, PartHead, PartTail, Totals, Transfer
-from relay.protocol.framing import Framer, crc32c
+from relay.protocol.crc import crc32c
+from relay.protocol.framing import Framer
 from relay.protocol.reassembly import (
     Aborted,
     Committed,

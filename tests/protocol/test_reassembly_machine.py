@@ -22,7 +22,8 @@ from hypothesis.stateful import (
 )
 
 from relay.model import Abort, Frame, PartHead, PartTail, Transfer
-from relay.protocol.framing import ALGORITHMS, Framer, crc32c
+from relay.protocol.crc import crc32c
+from relay.protocol.framing import ALGORITHMS, Framer
 from relay.protocol.reassembly import (
     Aborted,
     Committed,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from relay.model import Frame, PartHead, PartTail, Totals, Transfer
-from relay.protocol.framing import crc32c
+from relay.protocol.crc import crc32c
 from relay.protocol.wire import APP_ID, encode_abort, encode_frame
 from relay.receiver import Receiver, Sink, staging
 from relay.receiver.files import STAGING, FileSink, OutputInUse

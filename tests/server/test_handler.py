@@ -24,7 +24,7 @@ from relay.errors import (
     Unroutable,
 )
 from relay.model import Frame, PartHead, Transfer
-from relay.protocol.framing import crc32c
+from relay.protocol.crc import crc32c
 from relay.server.connection import HttpConnection
 from relay.server.handler import UploadHandler
 from relay.server.identity import Peer
