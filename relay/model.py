@@ -1,11 +1,13 @@
 """The values that travel through relay: transfers, parts, frames and receipts.
 
 Small and frozen; they know nothing of HTTP, AMQP or I/O. Sizes and offsets are in bytes. The
-words are those of the wire format in ``relay/README.md``.
+words are those of the wire format in ``relay/README.md``. Frames, which are many, are named tuples:
+a frozen dataclass takes five times as long to make.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,7 @@ class Totals:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One AMQP message: up to ``frame_size`` consecutive bytes of one part.
 
     Attributes:

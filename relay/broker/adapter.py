@@ -99,7 +99,7 @@ class TrioConnection(Connection):
         # What is next, and behind it what is queued: by channel, and whose turn it is.
         self._stage: deque[Buffer] = deque()
         self._staged = 0
-        self._lanes: dict[int, deque[tuple[Buffer, ...]]] = {}
+        self._lanes: dict[int, deque[tuple[int, tuple[Buffer, ...]]]] = {}
         self._turns: deque[int] = deque()
         self._queued = 0
         self._writable = trio.lowlevel.ParkingLot()
@@ -209,7 +209,7 @@ class TrioConnection(Connection):
         if lane is None:
             lane = self._lanes[channel] = deque()
             self._turns.append(channel)
-        lane.append(buffers)
+        lane.append((size, buffers))
         self._queued += size
         if self._writable:
             self._writable.unpark()
@@ -271,9 +271,9 @@ class TrioConnection(Connection):
         while self._turns and self._staged < STAGE_SIZE:
             channel = self._turns.popleft()
             lane = self._lanes[channel]
-            buffers = lane.popleft()
+            size, buffers = lane.popleft()
             self._stage += buffers
-            self._staged += sum(map(len, buffers))
+            self._staged += size
             if lane:
                 self._turns.append(channel)
             else:

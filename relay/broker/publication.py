@@ -197,30 +197,45 @@ class Publication:
 
     async def _publish(self, message: Message, *, commit: bool = False) -> None:
         size = self._room(message)
-        await self._until(
-            lambda: (
-                self._unconfirmed + size <= self._config.upload_window
-                and self._outstanding < MESSAGES_MAX
-            ),
-            Wait.WINDOW,
-        )
+        # Mostly there is nothing to wait for, and for each frame it shows which way that is found.
+        if not (self._is_clear and self._has_room(size)):
+            await self._until(lambda: self._has_room(size), Wait.WINDOW)
         window = self._publisher.window
-        request = window.request(size, self._changed.unpark_all)
+        if not window.take(size):
+            await self._take_when_granted(window, size)
         try:
-            await self._until(lambda: request.granted, Wait.WINDOW)
             assert self._channel is not None
-            if not self._outstanding:
+            if not self._unconfirmed:
                 self._progress = trio.current_time()
             if self._timed is None and self._published % TIMED_EACH == 0:
                 self._timed, self._timed_since = message, trio.current_time()
             self._channel.publish(message, mandatory=self._mandatory)
         except BaseException:
-            window.withdraw(request)
+            window.release(size)
             raise
         self._unconfirmed += size
         self._published += 1
         if commit:
             self._commit = message
+
+    async def _take_when_granted(self, window: Window, size: int) -> None:
+        request = window.request(size, self._changed.unpark_all)
+        try:
+            await self._until(lambda: request.granted, Wait.WINDOW)
+        except BaseException:
+            window.withdraw(request)
+            raise
+
+    @property
+    def _is_clear(self) -> bool:
+        """Whether nothing is wrong that ``_until`` would mind."""
+        return self._channel is not None and self._failure is None and not self._again
+
+    def _has_room(self, size: int) -> bool:
+        return (
+            self._unconfirmed + size <= self._config.upload_window
+            and self._outstanding < MESSAGES_MAX
+        )
 
     @property
     def _outstanding(self) -> int:
@@ -231,7 +246,7 @@ class Publication:
         while not self._is_committed:
             if self._failure is not None:
                 raise self._failure
-            if self._channel is not None and not self._again and ready():
+            if self._is_clear and ready():
                 return
             self._waits.begin(Wait.BROKER if self._is_interrupted else what)
             with trio.move_on_at(self._deadline()) as scope:
@@ -378,7 +393,8 @@ class Publication:
             self._fail(QueueFull(FULL))
         elif outcome is Outcome.RETURNED:
             self._fail(Unroutable("no queue is bound where this route publishes"))
-        self._changed.unpark_all()
+        if self._changed:
+            self._changed.unpark_all()
         if self._closed:
             self._release_channel()
 

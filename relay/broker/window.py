@@ -36,12 +36,17 @@ class Window:
         that could always slip in would starve the large one before it.
         """
         request = Request(size, on_granted)
-        if not self._waiting and self._free >= size:
-            self._free -= size
-            request.granted = True
-        else:
+        request.granted = self.take(size)
+        if not request.granted:
             self._waiting.append(request)
         return request
+
+    def take(self, size: int) -> bool:
+        """Take ``size`` bytes, if that is possible without waiting."""
+        if self._waiting or self._free < size:
+            return False
+        self._free -= size
+        return True
 
     def withdraw(self, request: "Request") -> None:
         """Take a request back, granted or not."""

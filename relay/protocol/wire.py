@@ -7,8 +7,7 @@ versions may add headers and types) and refuses a higher version.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from relay.model import Abort, Frame, PartHead, PartTail, Totals, Transfer
 
@@ -39,8 +38,7 @@ class NotRelay(WireError):
     """A message that relay's publisher never makes: another ``app_id``, type or version."""
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     """An AMQP message, without the library's types.
 
     ``delivery_mode`` and ``content_type`` are not here: the first is the route's, the second

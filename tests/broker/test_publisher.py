@@ -53,7 +53,7 @@ def carried(frames: list[Frame]) -> list[Frame]:
     return [
         frame
         if frame.seq == 0 or frame.commit
-        else dataclasses.replace(frame, transfer=dataclasses.replace(frame.transfer, route=""))
+        else frame._replace(transfer=dataclasses.replace(frame.transfer, route=""))
         for frame in frames
     ]
 
@@ -510,8 +510,8 @@ async def test_headers_that_do_not_fit_into_an_amqp_frame_are_refused_before_the
         upload = relay.attempt(2)
         head = upload.frames[0].head
         assert head is not None
-        upload.frames[0] = dataclasses.replace(
-            upload.frames[0], head=dataclasses.replace(head, filename="f" * 5000)
+        upload.frames[0] = upload.frames[0]._replace(
+            head=dataclasses.replace(head, filename="f" * 5000)
         )
         await broker.accept_channel()
         assert isinstance(await upload.outcome(), BrokerRefused)

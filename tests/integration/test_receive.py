@@ -2,7 +2,6 @@
 
 import os
 import signal
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -111,7 +110,7 @@ def test_bad_messages_are_dead_lettered_and_the_good_ones_delivered(
     queue.publish(message, headers=None, message_id="no headers")
     queue.publish(message, correlation_id="../../evil", message_id="path")
     queue.publish_frames([gap[0], *gap[2:]])
-    queue.publish_frames([replace(rotten[0], body=b"x" * FRAME), *rotten[1:]])
+    queue.publish_frames([rotten[0]._replace(body=b"x" * FRAME), *rotten[1:]])
     queue.publish_frames(good)
 
     receiver = start(queue.name, "--count", "1")

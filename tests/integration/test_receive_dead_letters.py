@@ -1,6 +1,5 @@
 """What ``relay receive`` rejects, put where people find it, with the reason."""
 
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 
@@ -24,7 +23,7 @@ def test_each_dead_letter_says_why_it_is_one(
     message = encode_frame(good[0])
     queue.publish(message, app_id="billing", message_id="foreign")
     queue.publish_frames([gap[0], gap[2]])
-    queue.publish_frames([replace(rotten[0], body=b"x" * FRAME)])
+    queue.publish_frames([rotten[0]._replace(body=b"x" * FRAME)])
     queue.publish_frames(good)
 
     receiver = start(queue.name, "--count", "1", "--dead-letter", dead.name)

@@ -200,7 +200,7 @@ def test_transfers_that_contradict_themselves_touch_no_other(rig: Rig) -> None:
     bad, required, allowed = [], set(), set()
     for number, (at, change) in enumerate(WRONG):
         frames = cut(("a", Random(number).randbytes(3 * FRAME)), ("b", b"x" * 2 * FRAME))
-        frames[at] = replace(frames[at], **change)  # type: ignore[arg-type]
+        frames[at] = frames[at]._replace(**change)  # type: ignore[arg-type]
         bad.append(frames)
         names = [encode_frame(frame).message_id for frame in frames]
         required |= set(names[at:])
@@ -242,7 +242,7 @@ def test_who_does_not_know_a_transfer_in_progress_cannot_touch_it(rig: Rig) -> N
     for line in lines:
         of = line[0].transfer
         # What was taken once is taken: the second one with a number changes nothing.
-        lies += as_published([replace(line[0], body=b"lie", crc32c=crc32c(b"lie"))])
+        lies += as_published([line[0]._replace(body=b"lie", crc32c=crc32c(b"lie"))])
         # Of a transfer that nobody has begun.
         message = encode_abort(replace(of, id=str(uuid.uuid4())), HUGE, "x" * 50_000 + "\x1b[2J")
         lies.append((properties_of(message), b""))
@@ -302,4 +302,4 @@ def _wordy(number: int) -> list[Frame]:
     (frame, _) = framer.finish()
     unknown = {f"md{n}": "0" * 32 for n in range(250)}
     assert frame.tail is not None
-    return [replace(frame, tail=replace(frame.tail, digest={**frame.tail.digest, **unknown}))]
+    return [frame._replace(tail=replace(frame.tail, digest={**frame.tail.digest, **unknown}))]

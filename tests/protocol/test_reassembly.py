@@ -202,7 +202,7 @@ def test_digests_that_were_not_computed_are_named_unless_unknown() -> None:
     (frame,) = cut([b"abc"], digests=["sha-256"])
     assert frame.tail is not None
     tail = PartTail(3, {**frame.tail.digest, "blake3": "00"})
-    events = Reassembler(digests=()).feed(replace(frame, tail=tail), 0.0)
+    events = Reassembler(digests=()).feed(frame._replace(tail=tail), 0.0)
     assert [set(e.unchecked) for e in events if isinstance(e, PartEnded)] == [{"sha-256"}]
 
 
@@ -237,39 +237,39 @@ def flipped(data: bytes, bit: int) -> bytes:
 
 def _with_digest(frame: Frame, algorithm: str, value: str) -> Frame:
     assert frame.tail is not None
-    return replace(frame, tail=replace(frame.tail, digest={**frame.tail.digest, algorithm: value}))
+    return frame._replace(tail=replace(frame.tail, digest={**frame.tail.digest, algorithm: value}))
 
 
 def _with_body(frame: Frame, body: bytes) -> Frame:
-    return replace(frame, body=body, crc32c=crc32c(body))
+    return frame._replace(body=body, crc32c=crc32c(body))
 
 
 # Each of these is applied to the middle frame (1) or to the last one (2) of a transfer of three
 # frames and two parts: "aaaa", "b" and "cc".
 FAULTS: list[tuple[str, int, Callable[[Frame], Frame], Fault]] = [
-    ("a flipped bit", 1, lambda f: replace(f, body=flipped(f.body, 3)), Fault.CHECKSUM),
-    ("a wrong checksum", 1, lambda f: replace(f, crc32c=f.crc32c ^ 1), Fault.CHECKSUM),
-    ("a later number", 1, lambda f: replace(f, seq=2), Fault.GAP),
-    ("a huge number", 1, lambda f: replace(f, seq=2**63 - 1), Fault.GAP),
-    ("another part", 1, lambda f: replace(f, part=1), Fault.POSITION),
-    ("an earlier offset", 1, lambda f: replace(f, offset=0), Fault.POSITION),
-    ("a later offset", 1, lambda f: replace(f, offset=5), Fault.POSITION),
-    ("an empty frame", 1, lambda f: replace(_with_body(f, b""), tail=None), Fault.POSITION),
+    ("a flipped bit", 1, lambda f: f._replace(body=flipped(f.body, 3)), Fault.CHECKSUM),
+    ("a wrong checksum", 1, lambda f: f._replace(crc32c=f.crc32c ^ 1), Fault.CHECKSUM),
+    ("a later number", 1, lambda f: f._replace(seq=2), Fault.GAP),
+    ("a huge number", 1, lambda f: f._replace(seq=2**63 - 1), Fault.GAP),
+    ("another part", 1, lambda f: f._replace(part=1), Fault.POSITION),
+    ("an earlier offset", 1, lambda f: f._replace(offset=0), Fault.POSITION),
+    ("a later offset", 1, lambda f: f._replace(offset=5), Fault.POSITION),
+    ("an empty frame", 1, lambda f: _with_body(f, b"")._replace(tail=None), Fault.POSITION),
     ("an empty last frame", 1, lambda f: _with_body(f, b""), Fault.POSITION),
-    ("a part that goes on", 1, lambda f: replace(f, tail=None), Fault.POSITION),
+    ("a part that goes on", 1, lambda f: f._replace(tail=None), Fault.POSITION),
     ("a byte too few", 2, lambda f: _with_body(f, b"c"), Fault.SIZE),
     ("a byte too many", 2, lambda f: _with_body(f, b"ccc"), Fault.SIZE),
     ("another byte", 2, lambda f: _with_body(f, b"cd"), Fault.DIGEST),
-    ("a wrong size", 2, lambda f: replace(f, tail=PartTail(3, {})), Fault.SIZE),
-    ("no crc32c", 2, lambda f: replace(f, tail=PartTail(2, {})), Fault.DIGEST),
+    ("a wrong size", 2, lambda f: f._replace(tail=PartTail(3, {})), Fault.SIZE),
+    ("no crc32c", 2, lambda f: f._replace(tail=PartTail(2, {})), Fault.DIGEST),
     ("a wrong crc32c", 2, lambda f: _with_digest(f, "crc32c", "00000000"), Fault.DIGEST),
     ("a wrong sha-256", 2, lambda f: _with_digest(f, "sha-256", "00"), Fault.DIGEST),
     ("an unasked sha-512", 2, lambda f: _with_digest(f, "sha-512", "00"), Fault.DIGEST),
-    ("a part too early", 2, lambda f: replace(f, part=2), Fault.POSITION),
-    ("a commit without an end", 2, lambda f: replace(f, tail=None), Fault.POSITION),
-    ("too few frames", 2, lambda f: replace(f, commit=Totals(2, 2, 7)), Fault.TOTALS),
-    ("too many parts", 2, lambda f: replace(f, commit=Totals(3, 3, 7)), Fault.TOTALS),
-    ("too many bytes", 2, lambda f: replace(f, commit=Totals(3, 2, 8)), Fault.TOTALS),
+    ("a part too early", 2, lambda f: f._replace(part=2), Fault.POSITION),
+    ("a commit without an end", 2, lambda f: f._replace(tail=None), Fault.POSITION),
+    ("too few frames", 2, lambda f: f._replace(commit=Totals(2, 2, 7)), Fault.TOTALS),
+    ("too many parts", 2, lambda f: f._replace(commit=Totals(3, 3, 7)), Fault.TOTALS),
+    ("too many bytes", 2, lambda f: f._replace(commit=Totals(3, 2, 8)), Fault.TOTALS),
 ]
 
 
@@ -292,7 +292,7 @@ def test_a_faulty_frame_dooms_its_transfer(
 
 def test_a_faulty_frame_tells_nothing_of_its_content() -> None:
     (frame,) = cut([b"good"])
-    spoilt = replace(frame, commit=Totals(1, 1, 5))
+    spoilt = frame._replace(commit=Totals(1, 1, 5))
     (failed,) = Reassembler().feed(spoilt, 0.0)
     assert isinstance(failed, Failed)
     assert failed.fault is Fault.TOTALS
@@ -306,24 +306,24 @@ def test_no_single_corruption_is_ever_committed(
     index = data.draw(st.integers(0, len(frames) - 1), label="index")
     frame = frames[index]
     spoilt = [
-        replace(frame, crc32c=frame.crc32c ^ 1 << data.draw(st.integers(0, 31))),
-        replace(frame, part=frame.part + 1),
-        replace(frame, offset=frame.offset + data.draw(st.integers(1, 100))),
-        replace(frame, seq=frame.seq + data.draw(st.integers(1, 100))),
+        frame._replace(crc32c=frame.crc32c ^ 1 << data.draw(st.integers(0, 31))),
+        frame._replace(part=frame.part + 1),
+        frame._replace(offset=frame.offset + data.draw(st.integers(1, 100))),
+        frame._replace(seq=frame.seq + data.draw(st.integers(1, 100))),
     ]
     if frame.body:
         body = flipped(frame.body, data.draw(st.integers(min_value=0)))
         # The second is a forger's: with a checksum that matches, the part's digest must tell.
-        spoilt += [replace(frame, body=body), _with_body(frame, body)]
+        spoilt += [frame._replace(body=body), _with_body(frame, body)]
         spoilt.append(_with_body(frame, frame.body[:-1]))
     if frame.tail is not None:
         algorithm = data.draw(st.sampled_from(sorted(frame.tail.digest)))
         value = flipped(bytes.fromhex(frame.tail.digest[algorithm]), data.draw(st.integers(0, 31)))
         spoilt.append(_with_digest(frame, algorithm, value.hex()))
-        spoilt.append(replace(frame, tail=replace(frame.tail, size=frame.tail.size + 1)))
+        spoilt.append(frame._replace(tail=replace(frame.tail, size=frame.tail.size + 1)))
     if frame.commit is not None:
-        spoilt.append(replace(frame, commit=replace(frame.commit, bytes=frame.commit.bytes + 1)))
-        spoilt.append(replace(frame, commit=None))
+        spoilt.append(frame._replace(commit=replace(frame.commit, bytes=frame.commit.bytes + 1)))
+        spoilt.append(frame._replace(commit=None))
     corrupt = data.draw(st.sampled_from(spoilt))
 
     assert feed([*frames[:index], corrupt, *frames[index + 1 :]]).committed == {}
@@ -422,7 +422,7 @@ def test_a_stray_transfer_that_is_redelivered_whole_is_taken() -> None:
 
 def test_a_fault_in_one_transfer_leaves_the_others_alone() -> None:
     good, bad = cut([b"12345678"], 0), cut([b"12345678"], 1)
-    output = feed([good[0], bad[0], replace(bad[1], crc32c=0), good[1], bad[1]])
+    output = feed([good[0], bad[0], bad[1]._replace(crc32c=0), good[1], bad[1]])
     assert output.committed == {transfer_id(0): [b"12345678"]}
     assert output.failed == {transfer_id(1): Fault.CHECKSUM}
 
@@ -430,7 +430,7 @@ def test_a_fault_in_one_transfer_leaves_the_others_alone() -> None:
 def test_frames_of_a_doomed_transfer_are_ignored_even_its_first() -> None:
     frames = cut([b"12345678"])
     reassembler = Reassembler()
-    assert isinstance(reassembler.feed(replace(frames[0], crc32c=0), 0.0)[0], Failed)
+    assert isinstance(reassembler.feed(frames[0]._replace(crc32c=0), 0.0)[0], Failed)
     for frame in frames:
         assert reassembler.feed(frame, 0.0) == [Ignored(transfer_id(0), frame.seq)]
 
@@ -500,7 +500,7 @@ def test_a_transfer_that_failed_or_was_aborted_leaves_its_key_free() -> None:
     reassembler = Reassembler()
     failed, aborted, good = (cut([b"12345678"], n, key="k") for n in range(3))
     reassembler.feed(failed[0], 0.0)
-    reassembler.feed(replace(failed[1], crc32c=0), 0.0)
+    reassembler.feed(failed[1]._replace(crc32c=0), 0.0)
     reassembler.feed(aborted[0], 0.0)
     reassembler.feed(Abort(transfer_id(1), 1, "queue-full"), 0.0)
     assert isinstance([reassembler.feed(frame, 0.0) for frame in good][-1][-1], Committed)

@@ -70,23 +70,23 @@ def cut(number: int, parts: Parts, key: str | None, digests: Sequence[str]) -> l
 def spoil(frame: Frame, how: int) -> Frame:
     """The frame with one thing wrong that its place does not tell."""
     spoilt = [
-        replace(frame, crc32c=frame.crc32c ^ 1),
-        replace(frame, part=frame.part + 1),
-        replace(frame, offset=frame.offset + 1),
-        replace(frame, seq=frame.seq + 1),
+        frame._replace(crc32c=frame.crc32c ^ 1),
+        frame._replace(part=frame.part + 1),
+        frame._replace(offset=frame.offset + 1),
+        frame._replace(seq=frame.seq + 1),
     ]
     if frame.body:
-        spoilt.append(replace(frame, body=bytes([frame.body[0] ^ 1]) + frame.body[1:]))
+        spoilt.append(frame._replace(body=bytes([frame.body[0] ^ 1]) + frame.body[1:]))
     if (tail := frame.tail) is not None:
-        spoilt.append(replace(frame, tail=replace(tail, size=tail.size + 1)))
+        spoilt.append(frame._replace(tail=replace(tail, size=tail.size + 1)))
         spoilt += [
-            replace(frame, tail=PartTail(tail.size, {**tail.digest, name: "00"}))
+            frame._replace(tail=PartTail(tail.size, {**tail.digest, name: "00"}))
             for name in tail.digest
         ]
     if (commit := frame.commit) is not None:
-        spoilt.append(replace(frame, commit=replace(commit, frames=commit.frames + 1)))
-        spoilt.append(replace(frame, commit=replace(commit, bytes=commit.bytes + 1)))
-        spoilt.append(replace(frame, commit=replace(commit, parts=commit.parts + 1)))
+        spoilt.append(frame._replace(commit=replace(commit, frames=commit.frames + 1)))
+        spoilt.append(frame._replace(commit=replace(commit, bytes=commit.bytes + 1)))
+        spoilt.append(frame._replace(commit=replace(commit, parts=commit.parts + 1)))
     return spoilt[how % len(spoilt)]
 
 

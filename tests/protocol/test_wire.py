@@ -263,7 +263,7 @@ def test_a_frame_has_the_headers_of_the_contract_and_no_others(
 @pytest.mark.parametrize("delivery_mode", [1, 2])
 @pytest.mark.parametrize("seq", [0, 7, 2**40])
 def test_every_frame_has_the_properties_of_the_contract(seq: int, delivery_mode: int) -> None:
-    message = encode_frame(replace(MIDDLE, seq=seq))
+    message = encode_frame(MIDDLE._replace(seq=seq))
     assert message.body == b"a"
     properties = received(on_the_wire(message, delivery_mode))
     assert {key: value for key, value in vars(properties).items() if value is not None} == {
@@ -344,7 +344,7 @@ def test_a_whole_transfer_survives_the_wire(parts: list[bytes]) -> None:
     for frame in sent:
         back = decoded(received(on_the_wire(encode_frame(frame))), frame.body)
         assert isinstance(back, Frame)
-        assert replace(back, transfer=frame.transfer) == frame
+        assert back._replace(transfer=frame.transfer) == frame
         bodies[back.part] += back.body
         if back.tail is not None:
             digest = hashlib.sha256(bodies[back.part]).hexdigest()

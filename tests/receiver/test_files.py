@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -214,7 +213,7 @@ def test_a_failed_transfer_leaves_nothing_and_all_its_unsettled_frames_are_rejec
 
 def _tail(frame: Frame, algorithm: str, value: str) -> Frame:
     assert frame.tail is not None
-    return replace(frame, tail=PartTail(frame.tail.size, {**frame.tail.digest, algorithm: value}))
+    return frame._replace(tail=PartTail(frame.tail.size, {**frame.tail.digest, algorithm: value}))
 
 
 @pytest.mark.parametrize("algorithm", ["crc32c", "sha-256", "sha-512"])

@@ -304,9 +304,9 @@ class ReceiverMachine(RuleBasedStateMachine):
         sent.spoilt = True
         if in_digest and frame.tail is not None:
             tail = replace(frame.tail, digest={**frame.tail.digest, "sha-256": "00"})
-            self.put(encode_frame(replace(frame, tail=tail)))
+            self.put(encode_frame(frame._replace(tail=tail)))
         else:
-            self.put(encode_frame(replace(frame, body=frame.body + b"!")))
+            self.put(encode_frame(frame._replace(body=frame.body + b"!")))
 
     @rule(of=transfers)
     def give_up(self, of: str) -> None:
