@@ -15,7 +15,7 @@ from pika import frame as amqp
 from pika import spec
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
-from relay.broker.adapter import JOIN_SIZE, TrioConnection
+from relay.broker.adapter import ACK_PAUSE, BULK_SIZE, JOIN_SIZE, TrioConnection
 from tests.scripted_broker import Published, RelayGone, ScriptedBroker, patience
 
 FRAME_MAX = 4096
@@ -88,6 +88,26 @@ async def test_a_paused_connection_reads_nothing_and_then_everything() -> None:
         it.connection.resume_reading()
         await wait_all_tasks_blocked()
         assert it.connection.bytes_received == received + 3 * 8
+
+
+@pytest.mark.parametrize(("size", "at_once"), [(BULK_SIZE // 2, True), (BULK_SIZE, False)])
+async def test_acks_are_left_to_gather_only_while_much_goes_out(
+    autojump_clock: MockClock, size: int, at_once: bool
+) -> None:
+    async with opened(line()) as it:
+        await it.open_channel()
+        it.publish(1, bytes(size))
+        await it.broker.published()
+        await it.broker.heartbeat()  # ends the read that had begun
+        await wait_all_tasks_blocked()
+        began, received = trio.current_time(), it.connection.bytes_received
+        await it.broker.heartbeat()
+        await wait_all_tasks_blocked()
+        assert (it.connection.bytes_received > received) is at_once
+        await trio.sleep(ACK_PAUSE)
+        await wait_all_tasks_blocked()
+        assert it.connection.bytes_received > received
+        assert trio.current_time() - began == ACK_PAUSE
 
 
 # --- what goes out -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Connecting, with TLS between two ends of a memory stream: the ssl module is the real one."""
 
+import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from trio.testing import (
 
 from relay.broker import connect as connecting
 from relay.broker.adapter import TrioConnection
-from relay.broker.connect import Connector
+from relay.broker.connect import UNSENT_SIZE, Connector
 from relay.broker.publisher import Publisher
 from relay.broker.session import Session
 from relay.config import AmqpConfig, ConfigError
@@ -153,6 +154,18 @@ async def test_an_amqp_url_beside_an_amqps_url_stays_without_tls(site: Site) -> 
 async def test_the_ports_are_those_of_the_schemes(site: Site) -> None:
     plain, secure = site.connector(f"amqp://u:p@{HOST}", URL).brokers
     assert (plain.port, secure.port) == (5672, 5671)
+
+
+async def test_the_kernel_takes_several_frames_at_once() -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        port = listener.socket.getsockname()[1]
+        config = AmqpConfig(urls=(f"amqp://u:p@127.0.0.1:{port}",))
+        connector = Connector(config, name="test")
+        async with await connector.open(connector.brokers[0]) as stream:
+            assert isinstance(stream, trio.SocketStream)
+            unsent = stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT)
+            assert unsent == UNSENT_SIZE
 
 
 async def test_files_are_read_again_for_each_connection(site: Site) -> None:
