@@ -14,9 +14,10 @@ from types import TracebackType
 from typing import Self
 
 import pika
+from pika.compat import long
 from pika.spec import BasicProperties
 
-from relay.protocol.wire import APP_ID, CONTENT_TYPE, Message
+from relay.protocol.wire import APP_ID, CONTENT_TYPE, LONG_HEADERS, Message
 from relay.receiver.options import PREFETCH
 from tests.incident.observe import peak_resident_bytes, resident_bytes
 from tests.receiving import Receiver
@@ -128,7 +129,10 @@ def properties_of(message: Message, **changed: object) -> BasicProperties:
         "correlation_id": message.correlation_id,
         "message_id": message.message_id,
         "timestamp": message.timestamp,
-        "headers": dict(message.headers),
+        "headers": {
+            key: long(value) if key in LONG_HEADERS else value  # type: ignore[arg-type]
+            for key, value in message.headers.items()
+        },
         "content_type": CONTENT_TYPE,
         "delivery_mode": 2,
     }

@@ -7,8 +7,8 @@
 import logging
 import math
 import random
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Final
 
 import trio
@@ -165,38 +165,33 @@ class Publisher:
         Raises:
             BrokerError: there is no channel to be had.
         """
-        with self._used():
-            async with self._open(transfer, route, waits) as publication:
-                yield publication
-
-    @contextmanager
-    def _used(self) -> Iterator[None]:
         self._users += 1
         try:
-            yield
+            publication = await self._begin(transfer, route, waits or Waits())
+            self._publications.add(publication)
+            try:
+                yield publication
+            finally:
+                self._publications.discard(publication)
+                publication.close()
         finally:
             self._users -= 1
             self._changed.unpark_all()
 
-    @asynccontextmanager
-    async def _open(
-        self, transfer: Transfer, route: RouteConfig, waits: Waits | None
-    ) -> AsyncGenerator[Publication, None]:
-        waits = waits or Waits()
+    async def _begin(self, transfer: Transfer, route: RouteConfig, waits: Waits) -> Publication:
         waits.begin(Wait.BROKER)
         await self._wait_admitted()
         publication = Publication(self, transfer, route, waits)
-        with trio.move_on_after(CHANNEL_TIMEOUT) as scope:
-            publication.attach(*await self.acquire())
-        if scope.cancelled_caught:
-            raise BrokerUnavailable(f"no channel to the broker within {CHANNEL_TIMEOUT:g} s")
+        session = self._session
+        channel = session.take_idle() if session is not None else None
+        if session is None or channel is None:
+            with trio.move_on_after(CHANNEL_TIMEOUT) as scope:
+                session, channel = await self.acquire()
+            if scope.cancelled_caught or session is None or channel is None:
+                raise BrokerUnavailable(f"no channel to the broker within {CHANNEL_TIMEOUT:g} s")
+        publication.attach(session, channel)
         waits.end()
-        self._publications.add(publication)
-        try:
-            yield publication
-        finally:
-            self._publications.discard(publication)
-            publication.close()
+        return publication
 
     async def _wait_admitted(self) -> None:
         """Wait a moment for the connection that follows one just lost.
@@ -204,10 +199,12 @@ class Publisher:
         Raises:
             BrokerError: there is none, or it is blocked.
         """
-        if self.refusal() is None:
+        fault = self.fault()
+        if fault is not None and self.refusal() is None:
             with trio.move_on_after(RECONNECT_PATIENCE):
                 await self._wait_session()
-        if (fault := self.fault()) is not None:
+            fault = self.fault()
+        if fault is not None:
             raise fault
 
     async def acquire(self) -> tuple[Session, ConfirmChannel]:

@@ -249,11 +249,15 @@ class Session:
         Raises:
             BrokerError: the broker refuses, does not answer in time, or is gone.
         """
+        return self.take_idle() or await self._open_confirm_channel()
+
+    def take_idle(self) -> ConfirmChannel | None:
+        """A confirm channel that is open and that nobody uses, if there is one."""
         while self._idle:
             channel = self._idle.pop()
             if channel.is_open:
                 return channel
-        return await self._open_confirm_channel()
+        return None
 
     def release(self, channel: ConfirmChannel) -> None:
         """Give a channel back to the pool; nothing may be outstanding on it."""

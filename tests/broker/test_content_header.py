@@ -4,9 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pika.frame import Header
 
-from relay.broker.content_header import HeaderMarshaller, properties_of
+from relay.broker.content_header import HeaderMarshaller
 from relay.model import Frame, PartHead, PartTail, Totals, Transfer
 from relay.protocol.wire import Message, encode_abort, encode_frame
+from tests.observed_receiver import properties_of
 
 channel_numbers = st.integers(1, 65535)
 modes = st.sampled_from([1, 2])
@@ -45,5 +46,7 @@ def test_the_short_way_gives_what_pika_gives(
 ) -> None:
     marshaller = HeaderMarshaller(channel, mode)
     for message in several:
-        expected = Header(channel, len(message.body), properties_of(message, mode)).marshal()
+        expected = Header(
+            channel, len(message.body), properties_of(message, delivery_mode=mode)
+        ).marshal()
         assert marshaller.marshal(message) == expected

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from pika.compat import long
 from pika.spec import BasicProperties
 
-from relay.broker.content_header import properties_of
 from relay.model import Abort, Frame, PartHead, PartTail, Totals, Transfer
 from relay.protocol.framing import Framer
 from relay.protocol.wire import (
@@ -25,6 +24,7 @@ from relay.protocol.wire import (
     encode_abort,
     encode_frame,
 )
+from tests.observed_receiver import properties_of
 
 ID = "0199c0de-0000-7000-8000-000000000001"
 TRANSFER = Transfer(
@@ -86,7 +86,7 @@ def frames(draw: st.DrawFn) -> Frame:
 
 def on_the_wire(message: Message, delivery_mode: int = 2) -> bytes:
     """The message's properties, marshalled by pika."""
-    return b"".join(properties_of(message, delivery_mode).encode())
+    return b"".join(properties_of(message, delivery_mode=delivery_mode).encode())
 
 
 def received(wire: bytes) -> BasicProperties:

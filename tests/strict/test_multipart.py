@@ -12,7 +12,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from pika.spec import BasicProperties
 
-from relay.broker.content_header import properties_of
 from relay.config import HttpConfig
 from relay.errors import BadMultipart, BadRequest, ClientError, UnsupportedMediaType
 from relay.model import PartHead
@@ -21,6 +20,7 @@ from relay.server.handler import UploadHandler
 from relay.server.uploads import Uploads
 from tests.form_reading import BOUNDARY, DELIMITER, form
 from tests.memory_broker import PEER, MemoryBroker
+from tests.observed_receiver import properties_of
 from tests.scripted_client import ScriptedClient, responses
 from tests.strict.form_upload import PLAIN_TYPE, ROUTE, outcome
 from tests.uploading import request
@@ -303,7 +303,7 @@ def test_names_cannot_leave_their_place_in_a_response_or_a_message(
         assert (shown["name"], shown["filename"]) == (name, filename)
     message = encode_frame(broker.sink.frames[0])
     properties = BasicProperties()
-    properties.decode(b"".join(properties_of(message, 2).encode()))
+    properties.decode(b"".join(properties_of(message, delivery_mode=2).encode()))
     assert properties.headers == message.headers
     assert [properties.headers[key] for key in ("name", "filename", "content-type")] == [
         name,

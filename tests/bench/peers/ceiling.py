@@ -23,12 +23,12 @@ from pika.channel import Channel
 from pika.connection import Connection
 from pika.frame import Method
 
-from relay.broker.content_header import properties_of
 from relay.model import Frame, PartHead, PartTail, Totals, Transfer
 from relay.protocol.wire import encode_frame
 from tests.bench.peers.destination import MESSAGE_BYTES, WINDOW, NotConfirmed
 from tests.bench.peers.pika_publisher import settle
 from tests.bench.peers.process import ROOT
+from tests.observed_receiver import properties_of
 
 PERSISTENT: Final = 2
 
@@ -121,7 +121,7 @@ class _Publication:
                 self._exchange,
                 self._routing_key,
                 message.body,
-                properties_of(message, PERSISTENT),
+                properties_of(message, delivery_mode=PERSISTENT),
                 mandatory=not self._exchange,
             )
             self._published += 1
