@@ -91,15 +91,15 @@ def draw(title: str, subtitle: Sequence[str], panels: Sequence[Panel], descripti
         f'<desc id="desc">{escape(description)}</desc>',
         f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8" '
         f'fill="{BACKGROUND}" stroke="{GRID}"/>',
-        _text(MARGIN, 38, title, size=17, weight=600),
-        *(_text(MARGIN, 60 + 17 * row, line, colour=QUIET) for row, line in enumerate(subtitle)),
+        text_at(MARGIN, 38, title, size=17, weight=600),
+        *(text_at(MARGIN, 60 + 17 * row, line, colour=QUIET) for row, line in enumerate(subtitle)),
     ]
     seconds = min(curve.points[-1][0] for panel in panels for curve in panel.curves)
     width = (WIDTH - 2 * MARGIN - GAP * (len(panels) - 1)) / len(panels)
     for number, panel in enumerate(panels):
         left = MARGIN + number * (width + GAP)
         highest = max(value for curve in panel.curves for _, value in curve.points)
-        top = _ticks(highest)[-1]
+        top = ticks(highest)[-1]
         frame = _Frame(left + AXIS_WIDTH, left + width, seconds, top)
         lines += _panel(panel, frame, left)
     return "\n".join([*lines, "</svg>", ""])
@@ -107,7 +107,7 @@ def draw(title: str, subtitle: Sequence[str], panels: Sequence[Panel], descripti
 
 def _panel(panel: Panel, frame: _Frame, left: float) -> Iterator[str]:
     """Areas below, then the grid, then lines, then labels: nothing hides what is read."""
-    yield _text(left, PANEL_TOP - 30, panel.title, size=13, weight=600)
+    yield text_at(left, PANEL_TOP - 30, panel.title, size=13, weight=600)
     paths = [_path(curve, frame) for curve in panel.curves]
     for curve, path in zip(panel.curves, paths, strict=True):
         foot = f"{frame.right:.1f},{PANEL_BOTTOM} {frame.left:.1f},{PANEL_BOTTOM}"
@@ -123,17 +123,17 @@ def _panel(panel: Panel, frame: _Frame, left: float) -> Iterator[str]:
 
 
 def _axes(panel: Panel, frame: _Frame) -> Iterator[str]:
-    for value in _ticks(frame.highest):
+    for value in ticks(frame.highest):
         y = frame.y(value)
         yield (
             f'<line x1="{frame.left:.1f}" y1="{y:.1f}" x2="{frame.right:.1f}" y2="{y:.1f}" '
             f'stroke="{GRID if value else QUIET}" stroke-opacity="0.8"/>'
         )
-        yield _text(frame.left - 7, y + 4, f"{value:g}", colour=QUIET, anchor="end")
-    yield _text(frame.left - 7, PANEL_TOP - 11, panel.unit, colour=QUIET, size=11, anchor="end")
-    for second in [tick for tick in _ticks(frame.seconds) if tick <= frame.seconds]:
+        yield text_at(frame.left - 7, y + 4, f"{value:g}", colour=QUIET, anchor="end")
+    yield text_at(frame.left - 7, PANEL_TOP - 11, panel.unit, colour=QUIET, size=11, anchor="end")
+    for second in [tick for tick in ticks(frame.seconds) if tick <= frame.seconds]:
         words = f"{second:g} s" if second else "0"
-        yield _text(frame.x(second), PANEL_BOTTOM + 18, words, colour=QUIET, anchor="middle")
+        yield text_at(frame.x(second), PANEL_BOTTOM + 18, words, colour=QUIET, anchor="middle")
 
 
 def _path(curve: Curve, frame: _Frame) -> str:
@@ -150,7 +150,7 @@ def _label(curve: Curve, frame: _Frame) -> str:
     half = len(curve.label) * LETTER_WIDTH / 2
     x = min(max(frame.x(seconds), frame.left + half), frame.right - half)
     y = frame.y(value) - LABEL_DISTANCE
-    return _text(x, y, curve.label, colour=curve.colour, weight=600, anchor="middle")
+    return text_at(x, y, curve.label, colour=curve.colour, weight=600, anchor="middle")
 
 
 def _tint(colour: str) -> str:
@@ -169,7 +169,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [points[0], *inner, points[-1]]
 
 
-def _ticks(highest: float) -> list[float]:
+def ticks(highest: float) -> list[float]:
     """Returns round values from 0 to the first one at or above `highest`."""
     rough = max(highest, 1e-9) / TICKS
     magnitude = 10 ** math.floor(math.log10(rough))
@@ -177,7 +177,7 @@ def _ticks(highest: float) -> list[float]:
     return [number * step for number in range(math.ceil(highest / step) + 1)]
 
 
-def _text(
+def text_at(
     x: float,
     y: float,
     text: str,
@@ -187,6 +187,7 @@ def _text(
     colour: str = INK,
     anchor: str = "start",
 ) -> str:
+    """A line of text, with its foot at a point."""
     # The outline keeps a label readable where it crosses a line of the grid.
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" font-weight="{weight}" '

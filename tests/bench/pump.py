@@ -5,23 +5,31 @@ is its own doing. Also here: the sink behind the pump, and the CPU time of anoth
 """
 
 import multiprocessing
-import os
 import socket
+import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 BUFFER: Final = 256 * 1024
 """Bytes per read, as relay reads."""
 
+_CPU_CLOCK: Final = 2
+"""The CPU clock of a whole process, as Linux numbers it (CPUCLOCK_SCHED)."""
+
 _SPAWN = multiprocessing.get_context("spawn")
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system CPU seconds that a process has used so far (proc(5), stat)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system CPU seconds that a process has used so far, its threads included.
+
+    By its CPU clock, as clock_getcpuclockid(3) numbers it: exact where /proc counts in steps of
+    10 ms, a tenth of what the pump needs for a quarter of a GiB.
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return time.clock_gettime(~pid << 3 | _CPU_CLOCK)
 
 
 def _sink(ready: Connection) -> None:

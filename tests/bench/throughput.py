@@ -1,128 +1,192 @@
-"""CPU per GiB relayed, as a ratio to a bare socket pump measured in the same run.
+"""CPU and rate of uploads as large as you like: relay between its floor, its ceiling and others.
 
-Frames go to an exchange without bindings, so that the broker's share is smallest and the relay's
-largest. Machines are noisy and differ: the ratio is the figure to compare, taken from rounds in
-which pump and relay alternate.
-``./dev bench throughput [--gib N] [--rounds N] [--frame-size BYTES]``.
+The floor is a bare recv_into/sendall pump; the ceiling is pika publishing the same frames from
+memory to the same queue. All take turns, in another order each round, and every ratio is taken
+within a round. A queue is deleted and declared again before each run.
 """
 
 import argparse
-import socket
-import statistics
-import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import product
 from typing import Final
 
-from relay.demo.daemon import Daemon
 from relay.demo.rabbitmq import RabbitMQNode
-from tests.bench.pump import Pump, cpu_seconds
+from tests.bench import report, rivals
+from tests.bench.destination import KINDS as QUEUES
+from tests.bench.destination import Destination
+from tests.bench.load import KINDS, Job, Load, job_for
+from tests.bench.measure import Column, Spread, Target, spread
+from tests.bench.meter import CORES, GIB, MIB, Meter
+from tests.bench.pump import Pump
+from tests.bench.systems import RELAY, RELAY_TWICE, Start, System, relays, running
 
-PIECE: Final = bytes(1 << 20)
-BOUNDARY: Final = "------------------------0123456789abcdef"
-CONFIG: Final = """
-[routes.bench]
-exchange = "amq.fanout"
-mandatory = false
-frame_size = {frame_size}
-"""
-TARGET: Final = 3.0
-"""Ratio to the pump that the README promises to stay under."""
+FLOOR: Final = "pump"
+CEILING: Final = "pika, from memory"
+WARM: Final = 256 * MIB
+
+CPU_TARGETS: Final = {1: 2.4, 16: 2.7}
+"""Times the floor, by uploads at once: a form to an exchange without bindings."""
+
+RATE_TARGET: Final = 0.9
+"""Of the ceiling, to a quorum queue and to a stream."""
+
+PEERS_TARGET: Final = 1.3
+"""Times the best of the others."""
+
+TWICE_TARGET: Final = 1.7
+"""Times one process, where the broker is not the limit."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One run: CPU seconds of the measured process and wall seconds, per GiB."""
+class Shape:
+    """What is uploaded: a kind of body, so many at once."""
 
-    cpu: float
-    wall: float
+    kind: str
+    uploads: int
 
-
-def measure(pid: int, gib: int, send: Callable[[int], None]) -> Measured:
-    """Run ``send`` with a number of bytes; what it cost process ``pid``, per GiB."""
-    began, cpu = time.perf_counter(), cpu_seconds(pid)
-    send(gib << 30)
-    return Measured((cpu_seconds(pid) - cpu) / gib, (time.perf_counter() - began) / gib)
+    def case(self, queue: str) -> str:
+        """What the table is called."""
+        return f"{queue}, {self.kind}, {self.uploads} at once"
 
 
-def send_to_pump(port: int) -> Callable[[int], None]:
-    """A sender through the pump."""
-
-    def send(size: int) -> None:
-        with socket.create_connection(("127.0.0.1", port)) as client:
-            for _ in range(size // len(PIECE)):
-                client.sendall(PIECE)
-            client.shutdown(socket.SHUT_WR)
-            client.recv(16)
-
-    return send
+Measured = Callable[[], dict[str, float]]
+"""Does one run; its figures."""
 
 
-def send_to_relay(address: tuple[str, int], *, multipart: bool) -> Callable[[int], None]:
-    """A sender of uploads to the route ``bench``, as one raw body or as a form with one file."""
-    before = after = b""
-    kind = "application/octet-stream"
-    if multipart:
-        disposition = 'Content-Disposition: form-data; name="f"; filename="x.bin"'
-        before = f"--{BOUNDARY}\r\n{disposition}\r\n\r\n".encode()
-        after = f"\r\n--{BOUNDARY}--\r\n".encode()
-        kind = f"multipart/form-data; boundary={BOUNDARY}"
+class Bench:
+    """One broker, one client, and the systems of one destination after the other."""
 
-    def send(size: int) -> None:
-        head = (
-            "POST /upload/bench HTTP/1.1\r\nHost: relay\r\nConnection: close\r\n"
-            f"Content-Type: {kind}\r\nContent-Length: {size + len(before) + len(after)}\r\n\r\n"
-        )
-        with socket.create_connection(address) as client:
-            client.sendall(head.encode() + before)
-            for _ in range(size // len(PIECE)):
-                client.sendall(PIECE)
-            client.sendall(after)
-            answer = client.recv(65536)
-            if not answer.startswith(b"HTTP/1.1 201"):
-                raise SystemExit(f"the upload failed: {answer.decode(errors='replace')}")
+    def __init__(
+        self, node: RabbitMQNode, load: Load, options: argparse.Namespace, result: report.Report
+    ) -> None:
+        self._node = node
+        self._load = load
+        self._options = options
+        self._report = result
+        self._size = round(options.gib * GIB)
+        self._shapes = [Shape(*each) for each in product(options.kind, options.uploads)]
 
-    return send
+    def measure(self, queue: str, starts: Mapping[str, Start], pump: Pump) -> None:
+        """All rounds to one destination."""
+        destination = Destination(self._node, queue)
+        destination.renew()
+        where = destination.exchange, destination.routing_key
+        with running(starts, self._node.url, *where) as systems:
+            for name, system in systems.items():
+                self._report.versions.setdefault(name, system.version)
+                self._load.run(job_for(system, "file", min(WARM, self._size)))
+            for number in range(self._options.rounds):
+                todo = list(self._in_turn(destination, systems, pump))
+                turn = number % len(todo)
+                for name, cases, run in todo[turn:] + todo[:turn]:
+                    report.progress(f"{queue}, round {number + 1}: {name}, {cases[0]}")
+                    destination.renew()
+                    self._report.runs.add(name, cases, number, run())
+        destination.clear()
+
+    def _in_turn(
+        self, destination: Destination, systems: Mapping[str, System], pump: Pump
+    ) -> Iterator[tuple[str, Sequence[str], Measured]]:
+        every = [shape.case(destination.kind) for shape in self._shapes]
+        yield FLOOR, every, lambda: self._floor(pump)
+        if rivals.ceiling is not None:
+            yield CEILING, every, lambda: self._ceiling(destination)
+        for shape, (name, system) in product(self._shapes, systems.items()):
+            # One upload is one connection, which is one process's.
+            if shape.uploads > 1 or len(system.pids) == 1 or not name.startswith(RELAY):
+                yield name, [shape.case(destination.kind)], self._uploads(system, shape)
+
+    def _floor(self, pump: Pump) -> dict[str, float]:
+        # Never less than a GiB: it is over in no time, and everything is divided by it.
+        size = max(self._size, GIB)
+        return self._figures(Job(("127.0.0.1", pump.port), size, half_close=True), [pump.pid], size)
+
+    def _ceiling(self, destination: Destination) -> dict[str, float]:
+        with Meter([], self._node.pid) as meter:
+            where = destination.exchange, destination.routing_key
+            wall, meter.cpu = rivals.ceiling(self._node.url, *where, self._size)
+        gib = self._size / GIB
+        return {"cpu": meter.cpu / gib, "rate": 1024 * gib / wall, **meter.cores(0.0, wall)}
+
+    def _uploads(self, system: System, shape: Shape) -> Measured:
+        each = self._size // (shape.uploads * self._options.each)
+        job = job_for(system, shape.kind, each, clients=shape.uploads, uploads=self._options.each)
+        return lambda: self._figures(job, system.pids, each * shape.uploads * self._options.each)
+
+    def _figures(self, job: Job, pids: Sequence[int], size: int) -> dict[str, float]:
+        with Meter(pids, self._node.pid) as meter:
+            client = self._load.run(job)
+        gib = size / GIB
+        return {
+            "cpu": meter.cpu / gib,
+            "rate": 1024 * gib / client.wall,
+            **meter.cores(client.cpu),
+        }
+
+
+def targets(result: report.Report, others: Sequence[str]) -> list[Target]:
+    """What is promised of uploads, for the cases of this run."""
+    options, runs, found = result.options, result.runs, []
+    shapes = [Shape(*each) for each in product(options.kind, options.uploads)]
+    for queue, shape in product(options.queue, shapes):
+        case = shape.case(queue)
+        if queue == "none" and shape.kind != "raw" and shape.uploads in CPU_TARGETS:
+            floor = spread(runs.ratios(case, RELAY, "cpu", [FLOOR]))
+            bound = CPU_TARGETS[shape.uploads]
+            found.append(_target(f"{case}: CPU per GiB / pump", floor, bound, at_most=True))
+        if queue in ("quorum", "stream"):
+            top = spread(runs.ratios(case, RELAY, "rate", [CEILING]))
+            found.append(_target(f"{case}: rate / ceiling", top, RATE_TARGET))
+        best = spread(runs.ratios(case, RELAY, "rate", others))
+        found.append(_target(f"{case}: rate / best peer", best, PEERS_TARGET))
+        if 2 in options.processes and shape.uploads > 1:
+            twice = spread(runs.ratios(case, RELAY_TWICE, "rate", [RELAY]))
+            found.append(_target(f"{case}: rate of 2 processes / 1", twice, TWICE_TARGET))
+    return found
+
+
+def _target(what: str, measured: Spread | None, bound: float, *, at_most: bool = False) -> Target:
+    return Target(what=what, measured=measured, bound=bound, at_most=at_most)
+
+
+def columns(others: Sequence[str]) -> list[Column]:
+    """Of the table; the cores tell what is the limit."""
+    return [
+        Column("CPU s/GiB", "cpu"),
+        Column("/ pump", "cpu", bases=[FLOOR]),
+        Column("MiB/s", "rate", 0),
+        Column("/ ceiling", "rate", bases=[CEILING]),
+        Column("/ best peer", "rate", bases=others),
+        *CORES,
+    ]
 
 
 def main(argv: list[str]) -> int:
-    """Print the table."""
-    parser = argparse.ArgumentParser(prog="./dev bench throughput", description=__doc__)
-    parser.add_argument("--gib", type=int, default=2, help="GiB per run (default 2)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each (default 3)")
-    parser.add_argument("--frame-size", type=int, default=131064, help="bytes (default 131064)")
+    """Print the tables. Exit code 1: a target was missed."""
+    parser = report.parser_of("throughput", __doc__)
+    add = parser.add_argument
+    add("--queue", type=report.some_of(QUEUES), default=["none", "quorum", "stream"])
+    add("--uploads", type=report.numbers, default=[1, 16], help="at once (default 1,16)")
+    add("--each", type=int, default=1, help="uploads of each client, one after the other")
+    add("--kind", type=report.some_of(KINDS), default=["file"], help="file (default), field, raw")
+    add("--gib", type=float, default=0.5, help="of all uploads of a run together (default 0.5)")
+    add("--processes", type=report.numbers, default=[1], help="of relay: 1 (default), 2, or 1,2")
+    add("--frame-size", type=int, default=131064, help="bytes (default 131064)")
+    rivals.add_option(parser)
     options = parser.parse_args(argv)
-    config = CONFIG.format(frame_size=options.frame_size)
-    runs: dict[str, list[Measured]] = {"pump": [], "relay, form": [], "relay, raw": []}
-    with (
-        tempfile.TemporaryDirectory(prefix="relay-bench-") as directory,
-        RabbitMQNode() as node,
-        Daemon(node.url, config, directory=Path(directory)) as daemon,
-        Pump() as pump,
-    ):
-        senders = {
-            "pump": (pump.pid, send_to_pump(pump.port)),
-            "relay, form": (daemon.pid, send_to_relay(daemon.address, multipart=True)),
-            "relay, raw": (daemon.pid, send_to_relay(daemon.address, multipart=False)),
-        }
-        for pid, send in senders.values():
-            measure(pid, 1, send)  # warm
-        for _ in range(options.rounds):
-            for name, (pid, send) in senders.items():
-                runs[name].append(measure(pid, options.gib, send))
-    _report(runs)
-    return 0
-
-
-def _report(runs: dict[str, list[Measured]]) -> None:
-    print(f"{'':<12} {'CPU s/GiB':>10} {'MiB/s':>8} {'CPU / pump':>11}")
-    for name, measured in runs.items():
-        cpu = statistics.median(m.cpu for m in measured)
-        rate = 1024 / statistics.median(m.wall for m in measured)
-        ratio = statistics.median(
-            m.cpu / floor.cpu for m, floor in zip(measured, runs["pump"], strict=True)
+    beside = rivals.chosen(options.peers)
+    starts = {**relays(options.processes, frame_size=options.frame_size), **beside.starts}
+    with RabbitMQNode() as node, Load() as load, Pump() as pump:
+        result = report.Report(
+            "throughput",
+            options,
+            columns(list(beside.starts)),
+            report.versions(node),
+            Column("MiB/s", "rate", 0),
+            notes=dict(beside.missing),
         )
-        print(f"{name:<12} {cpu:>10.2f} {rate:>8.0f} {ratio:>11.2f}")
-    print(f"(medians; relay is meant to stay under {TARGET:g} times the pump)")
+        bench = Bench(node, load, options, result)
+        for queue in options.queue:
+            bench.measure(queue, starts, pump)
+    return result.finish(targets(result, list(beside.starts)))
