@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from multiprocessing.synchronize import Event
 from random import Random
 from types import TracebackType
 from typing import Final, Self
@@ -30,6 +31,9 @@ DISPOSITIONS: Final = {
 PIECE: Final = 1 << 20
 PATIENCE: Final = 300.0
 """Seconds for a server to take or give bytes; a client that waits longer has failed."""
+
+FLOWS: Final = 32 * PIECE
+"""Bytes after which a large upload is under way."""
 
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -160,26 +164,84 @@ class Load:
         self._process.join()
         self._commands.close()
 
-    def start(self, job: Job) -> None:
-        """Have the clients begin; for a job that outlasts the block, there is no ``wait``."""
-        self._commands.send(job)
-
-    def wait(self) -> Spent:
+    def run(self, job: Job) -> Spent:
         """What the job cost its clients.
 
         Raises:
             LoadFailed: an upload was not answered as it should be.
         """
+        self._commands.send(job)
         said: Spent | LoadFailed = self._commands.recv()
         if isinstance(said, LoadFailed):
             raise said
         return said
 
-    def has_ended(self) -> bool:
-        """Whether ``wait`` would return, or raise, at once."""
-        return self._commands.poll()
 
-    def run(self, job: Job) -> Spent:
-        """``start``, and ``wait``."""
-        self.start(job)
-        return self.wait()
+def _upload_on(job: Job, is_over: Event, told: Connection) -> None:
+    """The same upload again and again; what was sent is told once it flows, and at the end."""
+    piece = memoryview(piece_of(text=job.is_text))
+    sent, began = 0, 0.0
+    while not is_over.is_set():
+        with socket.create_connection(job.address, timeout=PATIENCE) as client:
+            client.sendall(job.before)
+            for _ in range(job.size // len(piece)):
+                if is_over.is_set():
+                    break
+                client.sendall(piece)
+                sent += len(piece)
+                if sent == FLOWS:
+                    began = time.perf_counter()
+                    told.send(None)
+            else:
+                client.sendall(job.after)
+                client.recv(65536)
+    told.send((sent - FLOWS) / (time.perf_counter() - began))
+
+
+class Upload:
+    """A large upload for the block's length, in a process of its own; a context manager.
+
+    The last one is cut off at the block's end.
+
+    Attributes:
+        rate: bytes per second, known after the block.
+    """
+
+    def __init__(self, job: Job) -> None:
+        """``job`` is sent by one client, and again if it comes to its end."""
+        self.rate = 0.0
+        self._is_over = _SPAWN.Event()
+        self._told, there = _SPAWN.Pipe(duplex=False)
+        self._process = _SPAWN.Process(
+            target=_upload_on, args=(job, self._is_over, there), daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        """It flows when this returns."""
+        self._process.start()
+        self._hear()
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._is_over.set()
+        try:
+            if exc_type is None:
+                self.rate = self._hear() or 0.0
+        finally:
+            self._process.kill()
+            self._process.join()
+            self._told.close()
+
+    def _hear(self) -> float | None:
+        if not self._told.poll(PATIENCE):
+            raise LoadFailed("a large upload stands still")
+        try:
+            said: float | None = self._told.recv()
+        except EOFError:
+            raise LoadFailed("a large upload failed; what its process said is above") from None
+        return said

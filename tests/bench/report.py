@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -105,6 +105,15 @@ def commit() -> str:
         return "unknown: no git repository"
 
 
+def package_version(package: str) -> str:
+    """Of one of Debian's packages."""
+    command = ["dpkg-query", "--show", "--showformat", "${Version}", package]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: not Debian's"
+
+
 @dataclass
 class Report:
     """One run of a benchmark, as it comes about."""
@@ -179,8 +188,3 @@ def progress(text: str) -> None:
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     else:
         print(text, file=sys.stderr)
-
-
-def about(versions: Mapping[str, str]) -> str:
-    """One line for a table's foot."""
-    return ", ".join(f"{name} {text}" for name, text in versions.items())

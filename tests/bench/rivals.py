@@ -48,5 +48,13 @@ def chosen(text: str) -> Rivals:
     return Rivals({name: peers.PEERS[name] for name in wanted if name not in missing}, missing)
 
 
+def check(rivals: Rivals, url: str) -> None:
+    """Hold each to what it is meant to do, before it is measured."""
+    if rivals.starts:
+        checks = importlib.import_module("tests.bench.peers.check")
+        for name in rivals.starts:
+            checks.check(name, url)
+
+
 ceiling: Any = _peers() and importlib.import_module("tests.bench.peers.ceiling").run
 """Given as ``Start``, and bytes: wall and CPU seconds of pika publishing them from memory."""

@@ -6,8 +6,9 @@ within a round. A queue is deleted and declared again before each run.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Final
 
@@ -20,6 +21,7 @@ from tests.bench.measure import Column, Spread, Target, spread
 from tests.bench.meter import CORES, GIB, MIB, Meter
 from tests.bench.pump import Pump
 from tests.bench.systems import RELAY, RELAY_TWICE, Start, System, relays, running
+from tests.bench.turns import Turn, take
 
 FLOOR: Final = "pump"
 CEILING: Final = "pika, from memory"
@@ -50,10 +52,6 @@ class Shape:
         return f"{queue}, {self.kind}, {self.uploads} at once"
 
 
-Measured = Callable[[], dict[str, float]]
-"""Does one run; its figures."""
-
-
 class Bench:
     """One broker, one client, and the systems of one destination after the other."""
 
@@ -76,26 +74,20 @@ class Bench:
             for name, system in systems.items():
                 self._report.versions.setdefault(name, system.version)
                 self._load.run(job_for(system, "file", min(WARM, self._size)))
-            for number in range(self._options.rounds):
-                todo = list(self._in_turn(destination, systems, pump))
-                turn = number % len(todo)
-                for name, cases, run in todo[turn:] + todo[:turn]:
-                    report.progress(f"{queue}, round {number + 1}: {name}, {cases[0]}")
-                    destination.renew()
-                    self._report.runs.add(name, cases, number, run())
-        destination.clear()
+            take(list(self._turns(destination, systems, pump)), destination, self._report)
 
-    def _in_turn(
+    def _turns(
         self, destination: Destination, systems: Mapping[str, System], pump: Pump
-    ) -> Iterator[tuple[str, Sequence[str], Measured]]:
+    ) -> Iterator[Turn]:
         every = [shape.case(destination.kind) for shape in self._shapes]
-        yield FLOOR, every, lambda: self._floor(pump)
+        yield Turn(FLOOR, every, partial(self._floor, pump))
         if rivals.ceiling is not None:
-            yield CEILING, every, lambda: self._ceiling(destination)
+            yield Turn(CEILING, every, partial(self._ceiling, destination))
         for shape, (name, system) in product(self._shapes, systems.items()):
             # One upload is one connection, which is one process's.
-            if shape.uploads > 1 or len(system.pids) == 1 or not name.startswith(RELAY):
-                yield name, [shape.case(destination.kind)], self._uploads(system, shape)
+            if shape.uploads > 1 or name != RELAY_TWICE:
+                run = partial(self._uploads, system, shape)
+                yield Turn(name, [shape.case(destination.kind)], run)
 
     def _floor(self, pump: Pump) -> dict[str, float]:
         # Never less than a GiB: it is over in no time, and everything is divided by it.
@@ -109,10 +101,11 @@ class Bench:
         gib = self._size / GIB
         return {"cpu": meter.cpu / gib, "rate": 1024 * gib / wall, **meter.cores(0.0, wall)}
 
-    def _uploads(self, system: System, shape: Shape) -> Measured:
-        each = self._size // (shape.uploads * self._options.each)
-        job = job_for(system, shape.kind, each, clients=shape.uploads, uploads=self._options.each)
-        return lambda: self._figures(job, system.pids, each * shape.uploads * self._options.each)
+    def _uploads(self, system: System, shape: Shape) -> dict[str, float]:
+        uploads = self._options.each
+        size = self._size // (shape.uploads * uploads)
+        job = job_for(system, shape.kind, size, clients=shape.uploads, uploads=uploads)
+        return self._figures(job, system.pids, size * shape.uploads * uploads)
 
     def _figures(self, job: Job, pids: Sequence[int], size: int) -> dict[str, float]:
         with Meter(pids, self._node.pid) as meter:
@@ -170,7 +163,7 @@ def main(argv: list[str]) -> int:
     add("--uploads", type=report.numbers, default=[1, 16], help="at once (default 1,16)")
     add("--each", type=int, default=1, help="uploads of each client, one after the other")
     add("--kind", type=report.some_of(KINDS), default=["file"], help="file (default), field, raw")
-    add("--gib", type=float, default=0.5, help="of all uploads of a run together (default 0.5)")
+    add("--gib", type=float, default=0.25, help="of all uploads of a run together (default 0.25)")
     add("--processes", type=report.numbers, default=[1], help="of relay: 1 (default), 2, or 1,2")
     add("--frame-size", type=int, default=131064, help="bytes (default 131064)")
     rivals.add_option(parser)
@@ -178,6 +171,7 @@ def main(argv: list[str]) -> int:
     beside = rivals.chosen(options.peers)
     starts = {**relays(options.processes, frame_size=options.frame_size), **beside.starts}
     with RabbitMQNode() as node, Load() as load, Pump() as pump:
+        rivals.check(beside, node.url)
         result = report.Report(
             "throughput",
             options,
