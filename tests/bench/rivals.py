@@ -1,11 +1,11 @@
 """Which peers relay is measured beside: what was asked for, and what this machine can run."""
 
 import argparse
-import importlib
-import importlib.util
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
+from tests.bench import peers
+from tests.bench.peers import check as checks
 from tests.bench.systems import Start
 
 ALL: Final = "all"
@@ -20,12 +20,6 @@ class Rivals:
     missing: dict[str, str] = field(default_factory=dict)
 
 
-def _peers() -> Any:
-    if importlib.util.find_spec("tests.bench.peers") is None:
-        return None
-    return importlib.import_module("tests.bench.peers")
-
-
 def add_option(parser: argparse.ArgumentParser) -> None:
     """``--peers``."""
     parser.add_argument(
@@ -38,8 +32,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 
 def chosen(text: str) -> Rivals:
     """What ``--peers`` says."""
-    peers = _peers()
-    if text == NONE or peers is None:
+    if text == NONE:
         return Rivals()
     wanted = list(peers.PEERS) if text == ALL else text.split(",")
     if strange := set(wanted) - set(peers.PEERS):
@@ -50,11 +43,5 @@ def chosen(text: str) -> Rivals:
 
 def check(rivals: Rivals, url: str) -> None:
     """Hold each to what it is meant to do, before it is measured."""
-    if rivals.starts:
-        checks = importlib.import_module("tests.bench.peers.check")
-        for name in rivals.starts:
-            checks.check(name, url)
-
-
-ceiling: Any = _peers() and importlib.import_module("tests.bench.peers.ceiling").run
-"""Given as ``Start``, and bytes: wall and CPU seconds of pika publishing them from memory."""
+    for name in rivals.starts:
+        checks.check(name, url)

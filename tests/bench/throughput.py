@@ -19,6 +19,7 @@ from tests.bench.destination import Destination
 from tests.bench.load import KINDS, Job, Load, job_for
 from tests.bench.measure import Column, Spread, Target, spread
 from tests.bench.meter import CORES, GIB, MIB, Meter
+from tests.bench.peers import ceiling
 from tests.bench.pump import Pump
 from tests.bench.systems import RELAY, RELAY_TWICE, Start, System, relays, running
 from tests.bench.turns import Turn, take
@@ -81,8 +82,7 @@ class Bench:
     ) -> Iterator[Turn]:
         every = [shape.case(destination.kind) for shape in self._shapes]
         yield Turn(FLOOR, every, partial(self._floor, pump))
-        if rivals.ceiling is not None:
-            yield Turn(CEILING, every, partial(self._ceiling, destination))
+        yield Turn(CEILING, every, partial(self._ceiling, destination))
         for shape, (name, system) in product(self._shapes, systems.items()):
             # One upload is one connection, which is one process's.
             if shape.uploads > 1 or name != RELAY_TWICE:
@@ -97,7 +97,9 @@ class Bench:
     def _ceiling(self, destination: Destination) -> dict[str, float]:
         with Meter([], self._node.pid) as meter:
             where = destination.exchange, destination.routing_key
-            wall, meter.cpu = rivals.ceiling(self._node.url, *where, self._size)
+            wall, cpu = ceiling.run(self._node.url, *where, self._size)
+        # The meter saw nothing of a process that is gone by now.
+        meter.cpu = cpu
         gib = self._size / GIB
         return {"cpu": meter.cpu / gib, "rate": 1024 * gib / wall, **meter.cores(0.0, wall)}
 
