@@ -134,6 +134,7 @@ class Report:
         for case in self.runs.cases():
             print("\n" + "\n".join(table(self.runs, case, self.columns)))
         print(f"\n({self._what_it_is()})")
+        print(f"({'; '.join(f'{name}: {text}' for name, text in self.versions.items())})")
         for name, why in self.notes.items():
             print(f"({name}: {why})")
         if targets:

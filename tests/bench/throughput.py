@@ -101,7 +101,10 @@ class Bench:
         # The meter saw nothing of a process that is gone by now.
         meter.cpu = cpu
         gib = self._size / GIB
-        return {"cpu": meter.cpu / gib, "rate": 1024 * gib / wall, **meter.cores(0.0, wall)}
+        cores = meter.cores(0.0, wall)
+        # Starting that process, and connecting, is in the meter's time and not in its own.
+        del cores["others_cores"]
+        return {"cpu": meter.cpu / gib, "rate": 1024 * gib / wall, **cores}
 
     def _uploads(self, system: System, shape: Shape) -> dict[str, float]:
         uploads = self._options.each
