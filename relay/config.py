@@ -322,6 +322,11 @@ def _check_together(config: Config) -> None:
             raise ConfigError(f"routes.{name}.frame_size: must be 4096 to 16777216 bytes")
         if route.frame_size > config.amqp.upload_window:
             raise ConfigError(f"routes.{name}.frame_size: must not be above amqp.upload_window")
+        if route.frame_size > config.amqp.window // config.amqp.connections * 7 // 8:
+            # What is kept for the other routes (broker/window.py) must leave room for it.
+            raise ConfigError(
+                f"routes.{name}.frame_size: must not be above 7/8 of amqp.window / amqp.connections"
+            )
         key = route.routing_key.format(transfer="x" * 36, route=name, client="x" * CLIENT_MAX)
         if len(key.encode()) > SHORT_TEXT_MAX:
             raise ConfigError(f"routes.{name}.routing_key: must be at most {SHORT_TEXT_MAX} bytes")

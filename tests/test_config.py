@@ -377,7 +377,11 @@ def test_frames_may_be_as_small_and_as_large_as_the_contract_says(size: int) -> 
     config = from_document({"routes": {"a": {"frame_size": size}}})
     assert config.routes["a"].frame_size == size
     amqp = {"window": "64 MiB", "upload_window": "16 MiB"}
-    from_document({"amqp": amqp, "routes": {"a": {"frame_size": "16 MiB"}}})
+    routes = {"a": {"frame_size": "16 MiB"}}
+    from_document({"amqp": amqp, "routes": routes})
+    # A frame that does not fit beside what is kept for other routes would wait for ever.
+    with pytest.raises(ConfigError, match=r"a\.frame_size: must not be above 7/8 of amqp\.window"):
+        from_document({"amqp": amqp | {"window": "18 MiB"}, "routes": routes})
 
 
 # --- what no single key can tell ---------------------------------------------------------------

@@ -50,7 +50,7 @@ class Pool:
         self._scopes: dict[Publisher, trio.CancelScope] = {}
         self.figures = Figures()
         share = config.window // config.connections
-        windows = [Window(share) for _ in range(config.connections)]
+        windows = [Window(share, routes) for _ in range(config.connections)]
         self.publishers: Sequence[Publisher] = self._make(config, routes, windows)
 
     def _make(
@@ -111,6 +111,8 @@ class Pool:
                 self._end(publisher)
             raise fresh[0].fault() or BrokerUnavailable("no connection")
         old, self.publishers = self.publishers, fresh
+        for publisher in fresh:
+            publisher.window.configure(routes)
         for publisher in old:
             self._spawn(self._retire, publisher)
 

@@ -201,7 +201,8 @@ class Publication:
         if not (self._is_clear and self._has_room(size)):
             await self._until(lambda: self._has_room(size), Wait.WINDOW)
         window = self._publisher.window
-        if not window.take(size):
+        route = self._transfer.route
+        if not window.take(route, size):
             await self._take_when_granted(window, size)
         try:
             assert self._channel is not None
@@ -211,7 +212,7 @@ class Publication:
                 self._timed, self._timed_since = message, trio.current_time()
             self._channel.publish(message, mandatory=self._mandatory)
         except BaseException:
-            window.release(size)
+            window.release(route, size)
             raise
         self._unconfirmed += size
         self._published += 1
@@ -219,7 +220,7 @@ class Publication:
             self._commit = message
 
     async def _take_when_granted(self, window: Window, size: int) -> None:
-        request = window.request(size, self._changed.unpark_all)
+        request = window.request(self._transfer.route, size, self._changed.unpark_all)
         try:
             await self._until(lambda: request.granted, Wait.WINDOW)
         except BaseException:
@@ -454,12 +455,12 @@ class Publication:
             return max(len(message.body), MESSAGE_COST)
         text = sum(len(value) for value in message.headers.values() if isinstance(value, str))
         size = max(len(message.body), MESSAGE_COST + CHARACTER_COST * text)
-        return min(size, self._config.upload_window)
+        return min(size, self._config.upload_window, self._publisher.window.largest)
 
     def _free(self, message: Message) -> None:
         size = self._room(message)
         self._unconfirmed -= size
-        self._publisher.window.release(size)
+        self._publisher.window.release(self._transfer.route, size)
 
     def _release_channel(self) -> None:
         if self._session is not None and self._channel is not None and not self._outstanding:

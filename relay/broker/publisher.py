@@ -73,7 +73,7 @@ class Publisher:
             ConfigError: a URL or a TLS file cannot be used.
         """
         self.config = config
-        self.window = window or Window(config.window)
+        self.window = window or Window(config.window, routes)
         self.connects = 0
         self.figures = figures or Figures()
         self.broker: str | None = None

@@ -64,6 +64,29 @@ def test_an_upload_to_a_route_that_stands_still_does_not_slow_one_to_another(
         assert transfer.parts[0].data == slow_body
 
 
+def test_many_uploads_to_a_route_that_stands_still_do_not_stop_those_to_another(
+    rabbitmq: RabbitMQNode, tmp_path: Path
+) -> None:
+    """More of them than fill the window: what is kept for the other route is not theirs."""
+    count, body = 12, content(9 * MIB)
+    config = ROUTES.replace("FRAME_SIZE", str(FRAME_SIZE))
+    with (
+        Daemon(rabbitmq.url, config, directory=tmp_path) as daemon,
+        ThreadPoolExecutor(count) as pool,
+    ):
+        with standing_still(rabbitmq, SLOW_QUEUE):
+            slow = [pool.submit(upload, daemon, "slow", body) for _ in range(count)]
+            daemon.wait_until(
+                lambda: daemon.metric("relay_window_waiting") >= count // 3,
+                "the window has no room for them",
+            )
+            for size in (5, 16 * MIB):
+                assert upload(daemon, "plain", content(size)).status == 201
+            assert not any(each.done() for each in slow)
+        assert [each.result().status for each in slow] == [201] * count
+    transfers_in(rabbitmq.url, SLOW_QUEUE, ended=count)
+
+
 def test_small_uploads_go_past_a_large_one(rabbitmq: RabbitMQNode, tmp_path: Path) -> None:
     large, small = 100 << 30, request("/upload/plain", b"x" * 1024)
     block = content(MIB)
