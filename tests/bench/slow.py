@@ -1,19 +1,23 @@
 """Good clients beside a thousand slow ones, small uploads beside a large one, fast beside slow.
 
-Each figure beside the same without the others, in alternating rounds. The first line is the one
-with a promise: the good clients keep 80 % of their rate.
+Each figure beside the same without the others, in alternating rounds. The lines about good clients
+have a promise: they keep 80 % of their rate. Where slowhttptest is installed (Debian's package), it
+is among the slow ones: with slow heads, slow bodies and slow reads.
 ``./dev bench slow [--rounds N] [--slow N] [--mib N]``.
 """
 
 import argparse
 import resource
+import shutil
 import statistics
+import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -41,6 +45,15 @@ name = "{SLOW_QUEUE}"
 type = "classic"
 arguments = {{}}
 """
+
+SLOWHTTPTEST: Final = "slowhttptest"
+ATTACKS: Final = {
+    "heads": ("-H", "-t", "POST"),
+    "bodies": ("-B", "-s", "100000"),
+    # Ten requests at once, and of the answers five bytes a second into the smallest of buffers.
+    "reads": ("-X", "-k", "10", "-z", "5", "-w", "1", "-y", "512"),
+}
+"""What slowhttptest does, by what is slow."""
 
 Beside = Callable[[], AbstractContextManager[object]]
 
@@ -99,6 +112,30 @@ def slow_clients(daemon: Daemon, count: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def slowhttptest(daemon: Daemon, what: str, count: int) -> Iterator[None]:
+    """So many of its connections, most of them inside when the block begins.
+
+    Whom the daemon shakes off does not come back: that begins after 10 s, which is longer than a
+    round takes.
+    """
+    target = f"{daemon.url}/{'nowhere' if what == 'reads' else 'upload/plain'}"
+    options = ("-c", str(count), "-r", str(count), "-i", "5", "-l", "60", "-p", "10", "-u", target)
+    with subprocess.Popen(
+        [SLOWHTTPTEST, *ATTACKS[what], *options],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            daemon.wait_until(
+                lambda: daemon.metric("relay_connections") >= 0.9 * count, "they are inside"
+            )
+            yield
+        finally:
+            process.kill()
+
+
 def compare(measure: Callable[[], float], beside: Beside, rounds: int) -> tuple[float, float]:
     """Medians of what is measured alone, and beside others, in alternating rounds."""
     alone, crowded = [], []
@@ -138,6 +175,13 @@ def main(argv: list[str]) -> int:
                 lambda: rate(daemon, GOOD, body),
                 lambda: slow_clients(daemon, options.slow),
             ),
+            **{
+                f"{GOOD} good clients, MiB/s, beside {SLOWHTTPTEST}, slow {what}": (
+                    lambda: rate(daemon, GOOD, body),
+                    partial(slowhttptest, daemon, what, options.slow),
+                )
+                for what in (ATTACKS if shutil.which(SLOWHTTPTEST) else ())
+            },
             "1 KiB, ms, beside an upload without end": (
                 lambda: delay(daemon),
                 lambda: an_upload(daemon, "plain"),
@@ -151,13 +195,17 @@ def main(argv: list[str]) -> int:
         print(f"{'':<60} {'alone':>8} {'beside':>8} {'ratio':>6}")
         for name, (measure, beside) in lines.items():
             alone, crowded = compare(measure, beside, options.rounds)
-            kept.append(crowded / alone)
-            print(f"{name:<60} {alone:>8.1f} {crowded:>8.1f} {kept[-1]:>6.2f}")
+            ratio = crowded / alone
+            if "good clients" in name:
+                kept.append(ratio)
+            print(f"{name:<60} {alone:>8.1f} {crowded:>8.1f} {ratio:>6.2f}", flush=True)
         clients = options.slow + GOOD
         peak, ceiling = (
             daemon.memory("VmHWM"),
             memory_ceiling(base, connections=clients, uploads=clients),
         )
     print(f"peak memory {peak / MIB:.0f} MiB; the formula allows {ceiling / MIB:.0f}")
-    print(f"(medians of {options.rounds}; the first ratio is meant to stay above {PROMISED:g})")
-    return 0 if kept[0] >= PROMISED and peak <= ceiling else 1
+    print(
+        f"(medians of {options.rounds}; good clients are meant to keep {PROMISED:g} of their rate)"
+    )
+    return 0 if min(kept) >= PROMISED and peak <= ceiling else 1
