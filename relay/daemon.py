@@ -34,7 +34,7 @@ from relay.server.handler import UploadHandler
 from relay.server.identity import Access, Peer
 from relay.server.overflow import LINGERING_MAX, Overflow
 from relay.server.pages import CONNECTIONS_MAX
-from relay.server.tls import TlsServer
+from relay.server.tls import Handshakes, TlsServer
 from relay.server.tokens import Tokens
 from relay.server.uploads import Uploads
 from relay.systemd import Notifier
@@ -102,13 +102,20 @@ class Daemon:
         self._handler = UploadHandler(
             config.http, config.routes, self._broker, self._uploads, self._access
         )
+        self._handshakes = Handshakes()
         self._tls = self._tls_server(config.http)
         limit, lingering = _connections(config.http.max_connections)
         self._overflow = Overflow(limit, lingering=lingering, has_tls=self._tls is not None)
         self._complaint = ""
         self._pulse = Pulse(lambda: self._uploads.bytes_received)
         self._figures = Figures(
-            config, self._uploads, self._broker, self._handler.keys, self._pulse, self._overflow
+            config,
+            self._uploads,
+            self._broker,
+            self._handler.keys,
+            self._pulse,
+            self._overflow,
+            self._handshakes,
         )
         self._admin = AdminHandler(
             config.http,
@@ -244,7 +251,9 @@ class Daemon:
         return config, kept, _tokens(config), self._tls_server(config.http)
 
     def _tls_server(self, http: HttpConfig) -> TlsServer | None:
-        return TlsServer(http, self._handler.serve) if http.tls.certificate_file else None
+        if not http.tls.certificate_file:
+            return None
+        return TlsServer(http, self._handler.serve, self._handshakes)
 
     async def verify(self, session: Session, refusals: Refusals) -> None:
         """Log what is wrong with the routes; meanwhile uploads go on, and may well work."""

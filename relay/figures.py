@@ -23,6 +23,7 @@ from relay.protocol.confirms import Outcome
 from relay.pulse import Pulse
 from relay.server.idempotency import KeyMemory
 from relay.server.overflow import Overflow
+from relay.server.tls import Handshakes
 from relay.server.uploads import Uploads
 
 STATES: Final = ("up", "blocked", "down")
@@ -40,8 +41,10 @@ class Figures:
         keys: KeyMemory,
         pulse: Pulse,
         overflow: Overflow,
+        handshakes: Handshakes,
     ) -> None:
         self._overflow = overflow
+        self._handshakes = handshakes
         self.configure(config)
         self._uploads = uploads
         self._broker = broker
@@ -113,9 +116,11 @@ class Figures:
         ):
             values = (((route,), by_route[route]) for route in self._config.routes)
             yield _counter(name, text, values, labels=("route",))
-        yield _counter(
-            "connections_refused", "Connections too many.", [((), self._overflow.refused)]
-        )
+        for name, text, number in (
+            ("connections_refused", "Connections too many.", self._overflow.refused),
+            ("tls_handshakes_failed", "Clients without TLS.", self._handshakes.failed),
+        ):
+            yield _counter(name, text, [((), number)])
         yield _counter(
             "upload_wait_seconds",
             "Seconds that uploads have waited, by what for: client, window or broker.",

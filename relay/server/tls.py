@@ -10,7 +10,7 @@ import socket
 import ssl
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 import trio
@@ -34,11 +34,26 @@ GOODBYE: Final = 1.0
 _HANDSHAKE: Final = b"\x16"
 
 
+@dataclass
+class Handshakes:
+    """Outlives the ``TlsServer`` of one configuration.
+
+    Attributes:
+        failed: connections that sent something and came to no end of a handshake, since the start.
+    """
+
+    failed: int = 0
+
+
 class TlsServer:
     """Serves connections behind TLS."""
 
-    def __init__(self, config: HttpConfig, serve: Serve) -> None:
+    def __init__(
+        self, config: HttpConfig, serve: Serve, handshakes: Handshakes | None = None
+    ) -> None:
         """``serve`` gets each connection, decrypted, and its peer with the certificate's name.
+
+        ``handshakes`` is where those that fail are counted.
 
         Raises:
             ConfigError: a file cannot be used.
@@ -46,6 +61,7 @@ class TlsServer:
         self._config = config
         self._serve = serve
         self._context = _context(config)
+        self._handshakes = handshakes or Handshakes()
 
     async def serve(self, stream: trio.SocketStream, peer: Peer) -> None:
         """Serve one connection to its end."""
@@ -68,7 +84,7 @@ class TlsServer:
 
     async def _refuse(self, stream: trio.SocketStream, peer: Peer) -> None:
         """Answer what is not TLS, as if it were HTTP, which it probably is."""
-        log.info("no TLS with a client: it sends something else", extra=fields(peer=peer.address))
+        self._tell("it sends something else", peer)
         answer = problem(BadRequest("this port speaks TLS: use https"))
         with suppress(ClientGone):
             await HttpConnection(stream, self._config).respond(answer, close=True)
@@ -83,11 +99,17 @@ class TlsServer:
             except trio.BrokenResourceError as exc:
                 cause = exc.__cause__ if isinstance(exc.__cause__, Exception) else exc
                 reason = explain(cause, "the client")
-        log.info("no TLS with a client: %s", reason, extra=fields(peer=peer.address))
+        self._tell(reason, peer)
         if not scope.cancelled_caught:
             # The alert must not be overtaken by a reset, for what the client sent meanwhile.
             await linger(secured.transport)
         return False
+
+    def _tell(self, reason: str, peer: Peer) -> None:
+        self._handshakes.failed += 1
+        # With an outcome, so that a crowd of them is told once in a while (logs.Unrepeated).
+        extra = fields(peer=peer.address, outcome="no-tls")
+        log.info("no TLS with a client: %s", reason, extra=extra)
 
 
 def _context(config: HttpConfig) -> ssl.SSLContext:

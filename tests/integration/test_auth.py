@@ -214,9 +214,15 @@ def test_uploads_over_tls_and_what_is_not_tls(
         path.write_text(data)
         answer = curl(https(daemon), *site.flags(), data=f"@{path}")
         assert (answer.status, answer.document["bytes"]) == (201, len(data))
-        plain = curl(f"{daemon.url}/upload")
-        assert plain.problem == (400, "bad-request")
-        assert "https" in plain.document["detail"]
+        assert daemon.metric("relay_tls_handshakes_failed_total") == 0
+        for _ in range(5):
+            plain = curl(f"{daemon.url}/upload")
+            assert plain.problem == (400, "bad-request")
+            assert "https" in plain.document["detail"]
+        # All are counted, and one is told.
+        assert daemon.metric("relay_tls_handshakes_failed_total") == 5
+        (line,) = (line for line in daemon.log if "no TLS with a client" in line)
+        assert "outcome=no-tls" in line
         # Another certificate, from another CA, without a restart.
         ca = trustme.CA()
         save(ca.issue_cert("127.0.0.1"), tmp_path, "server")
@@ -262,6 +268,7 @@ def test_a_certificate_is_a_name_and_without_one_nobody_gets_in(
             assert refused.exit_code in CURL_PEER_FAILED
             assert "alert" in refused.error
         wait_for_log(daemon, "no TLS with a client: ", times=2)
+        assert daemon.metric("relay_tls_handshakes_failed_total") == 2
         assert any("holders of a client certificate" in line for line in daemon.log)
     received = transfers_in(rabbitmq.url, "auth.mutual", ended=2)
     names = [transfer.transfer.client for transfer in received.values()]

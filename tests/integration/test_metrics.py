@@ -68,6 +68,7 @@ FIXED: Final = {
     *("relay_window_limit_bytes", "relay_memory_limit_bytes", "process_start_time_seconds"),
     "process_max_fds",
     "relay_connections_refused_total",  # which moves in test_crowds.py
+    "relay_tls_handshakes_failed_total",  # in test_auth.py
 }
 """Metrics that have one value for as long as the process lives, in these tests."""
 
@@ -252,7 +253,7 @@ def test_what_goes_on_is_what_is_shown(life: Life) -> None:
     assert life.value("held", "relay_uploads_in_progress") == 3
     assert life.value("held", "relay_connections") == 3
     limit = life.value("held", "relay_window_limit_bytes")
-    assert 0.9 * limit < life.value("held", "relay_window_bytes") <= limit
+    assert 7 / 8 * limit < life.value("held", "relay_window_bytes") <= limit
     assert life.value("held", "relay_write_queue_bytes") > 0
     assert life.value("end", "relay_window_bytes") == 0
     assert life.value("end", "relay_uploads_in_progress") == 0
@@ -293,7 +294,7 @@ def test_status_tells_the_same(life: Life) -> None:
     held, lost, end = (life.statuses[when] for when in ("held", "lost", "end"))
     assert held["uploads"] == {"in_progress": 3, "limit": 256}
     assert held["window"]["size"] == 16 * MIB
-    assert held["window"]["used"] > 15 * MIB
+    assert held["window"]["used"] > 14 * MIB
     assert held["window"]["waiting"] >= 1
     assert (held["ready"], lost["ready"], end["ready"]) == (True, False, True)
     assert lost["broker"][0]["state"] == "down"
