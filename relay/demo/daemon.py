@@ -159,10 +159,12 @@ class Daemon:
                     return float(line.split()[1])
         raise KeyError(name)
 
-    def wait_until(self, condition: Callable[[], bool], what: str) -> None:
-        """Poll ``condition`` until it holds; fail with the log after START_TIMEOUT seconds."""
+    def wait_until(
+        self, condition: Callable[[], bool], what: str, seconds: float = START_TIMEOUT
+    ) -> None:
+        """Poll ``condition`` until it holds; fail with the log after so many seconds of pauses."""
         pause = threading.Event()
-        for _ in range(int(START_TIMEOUT / 0.05)):
+        for _ in range(int(seconds / 0.05)):
             assert self._process is not None
             if condition():
                 return
