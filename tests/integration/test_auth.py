@@ -275,6 +275,23 @@ def test_a_certificate_is_a_name_and_without_one_nobody_gets_in(
     assert names == ["uploader.example", "alice"]
 
 
+def test_a_certificate_is_revoked_by_its_name(
+    rabbitmq: RabbitMQNode, tmp_path: Path, site: Site
+) -> None:
+    """As the README says to do it: out of the list, and SIGHUP."""
+    config = site.config(client_ca=True) + route("auth.revoked")
+    lists = [f'clients = ["{names}"]' for names in ('uploader.example", "other.example', "other")]
+    first, second = (
+        config.replace("[routes.default]", f"[routes.default]\n{names}") for names in lists
+    )
+    with Daemon(rabbitmq.url, first, directory=tmp_path) as daemon:
+        assert curl(https(daemon), *site.flags(site.client)).status == 201
+        (tmp_path / "relay.toml").write_text(second)
+        os.kill(daemon.pid, signal.SIGHUP)
+        wait_for_log(daemon, "reloaded configuration, tokens and certificates")
+        assert curl(https(daemon), *site.flags(site.client)).problem == (403, "forbidden")
+
+
 def test_relay_send_gets_in_with_its_token_and_with_its_certificate(
     rabbitmq: RabbitMQNode, tmp_path: Path, site: Site
 ) -> None:
