@@ -94,22 +94,24 @@ def test_a_storm_against_limits_meets_those_limits_and_nothing_else(
     url: str, tmp_path: Path
 ) -> None:
     connections, each, threads, served = 200, 5, 10, 150
-    config = ROUTES + f"[http]\nmax_uploads = 4\nmax_connections = {served}\n"
+    config = ROUTES + f"[http]\nmax_uploads = 20\nmax_connections = {served}\n"
     with Daemon(url, config, directory=tmp_path) as daemon:
         files = len(daemon.open_files())
-        statuses = storm(daemon, connections, each, threads)
+        statuses = storm(daemon, connections, each, threads, refused=connections - served)
         assert set(statuses) == {201, 503}
         assert statuses[201] == connections * each
-        assert daemon.metric("relay_connections_refused_total") >= connections - served
         daemon.wait_until(lambda: len(daemon.open_files()) <= files, "all connections have ended")
         assert upload(daemon).status == 201
 
 
-def storm(daemon: Daemon, connections: int, each: int, threads: int) -> Counter[int]:
+def storm(
+    daemon: Daemon, connections: int, each: int, threads: int, refused: int = 0
+) -> Counter[int]:
     """That many connections, all open at once, with ``each`` uploads one after the other.
 
     Each thread sends on all its connections before it looks for an answer. An upload is sent until
-    it is answered with 201, on a new connection each time; all statuses are counted.
+    it is answered with 201, on a new connection each time; all statuses are counted. It begins when
+    ``refused`` connections have been refused, before one of the others can end.
     """
     data = request("/upload/plain", b"x" * 1000)
 
@@ -133,6 +135,9 @@ def storm(daemon: Daemon, connections: int, each: int, threads: int) -> Counter[
         return statuses
 
     opened = [RawConnection(daemon.address) for _ in range(connections)]
+    daemon.wait_until(
+        lambda: daemon.metric("relay_connections_refused_total") >= refused, "some are refused"
+    )
     with ThreadPoolExecutor(threads) as pool:
         shares = [opened[start::threads] for start in range(threads)]
         return sum(pool.map(run, shares), Counter[int]())
