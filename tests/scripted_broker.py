@@ -120,23 +120,26 @@ class ScriptedBroker:
                 return said.channel, said.method
 
     async def published(self, count: int = 1) -> list[Published]:
-        """The next ``count`` messages; confirm channels are opened as relay asks for them."""
+        """The next ``count`` messages; channels are opened and closed as relay asks."""
         messages: list[Published] = []
         while len(messages) < count:
             said = await self.receive()
             if isinstance(said, Published):
                 messages.append(said)
             else:
-                await self._open(said)
+                await self._open_or_close(said)
         return messages
 
-    async def _open(self, said: Said) -> None:
+    async def _open_or_close(self, said: Said) -> None:
         if isinstance(said.method, Channel.Open):
             self._tags[said.channel] = 0
             await self.send(Channel.OpenOk(), channel=said.channel)
         elif isinstance(said.method, Confirm.Select):
             self.channels.add(said.channel)
             await self.send(Confirm.SelectOk(), channel=said.channel)
+        elif isinstance(said.method, Channel.Close):
+            await self.send(Channel.CloseOk(), channel=said.channel)
+            self.channels.discard(said.channel)
         else:
             assert said.method is None, said.method
 
@@ -206,6 +209,11 @@ class ScriptedBroker:
     async def nack(self, *tags: int, multiple: bool = False, channel: int = 1) -> None:
         """Send a basic.nack for each tag, in that order."""
         await self.send(*(Basic.Nack(tag, multiple) for tag in tags), channel=channel)
+
+    async def reject(self, *messages: Published) -> None:
+        """Nack each message, in that order."""
+        for message in messages:
+            await self.nack(message.tag, channel=message.channel)
 
     async def give_back(self, message: Published) -> None:
         """Send a basic.return, as for a mandatory message that no queue took. No ack follows."""
@@ -301,11 +309,8 @@ class ScriptedBroker:
                 said = await self.receive()
                 if isinstance(said, Published):
                     await (take or self.confirm)(said)
-                elif isinstance(said.method, Channel.Close):
-                    await self.send(Channel.CloseOk(), channel=said.channel)
-                    self.channels.discard(said.channel)
                 else:
-                    await self._open(said)
+                    await self._open_or_close(said)
         except (RelayGone, trio.BrokenResourceError):
             return
 

@@ -58,8 +58,8 @@ class Line(Protocol):
     figures: Figures
     blocked_since: float | None
 
-    async def acquire(self) -> tuple[Session, ConfirmChannel]:
-        """A channel, waiting for a session if there is none."""
+    async def acquire(self, *, fresh: bool = False) -> tuple[Session, ConfirmChannel]:
+        """A channel, if need be a fresh one, waiting for a session if there is none."""
 
     def spawn(self, function: Callable[[], Awaitable[None]]) -> None:
         """Run an async function that may outlive the upload."""
@@ -319,14 +319,19 @@ class Publication:
         self._changed.unpark_all()
 
     async def _publish_again(self) -> None:
-        if self._channel is None:
-            session, channel = await self._publisher.acquire()
-            if self._closed:
-                session.release(channel)
-                return
-            self.attach(session, channel)
-        elif self._session is not None:
+        is_rejected = self._channel is not None
+        if self._channel is not None and self._session is not None:
             await self._rejection.wait(self._session)
+            # It would go on rejecting for as long as the node is away that had the leader.
+            self._channel.retire()
+            self._channel = None
+        session, channel = await self._publisher.acquire(fresh=is_rejected)
+        if self._closed:
+            session.release(channel)
+            return
+        if session is not self._session:
+            self._rejection.forget()
+        self.attach(session, channel)
         self._publish_all()
 
     def _publish_all(self) -> None:
@@ -389,9 +394,13 @@ class Publication:
         if outcome is Outcome.ACKED and message is self._commit and self._failure is None:
             # Whatever becomes of the channel before the upload's task gets to know of it.
             self._is_committed = True
-        elif outcome is Outcome.NACKED or self._again:
-            # A frame that is taken after one that was not makes a gap that nothing can fill.
+        elif outcome is Outcome.NACKED:
             self._fail(QueueFull(FULL))
+        elif self._again:
+            # A frame that is taken after one that was not makes a gap that nothing can fill. One
+            # before it, whose ack is only late, tells that the channel has spoken to the queue.
+            is_gap = min(map(_seq, self._again)) < _seq(message)
+            self._fail(self._rejection.gap if is_gap else QueueFull(FULL))
         elif outcome is Outcome.RETURNED:
             self._fail(Unroutable("no queue is bound where this route publishes"))
         if self._changed:

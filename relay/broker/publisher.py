@@ -207,8 +207,10 @@ class Publisher:
         if fault is not None:
             raise fault
 
-    async def acquire(self) -> tuple[Session, ConfirmChannel]:
+    async def acquire(self, *, fresh: bool = False) -> tuple[Session, ConfirmChannel]:
         """A channel of the current session, waiting for a session if there is none.
+
+        With ``fresh``, one that nobody has used before.
 
         Raises:
             BrokerRefused: the broker will not open a channel.
@@ -216,7 +218,8 @@ class Publisher:
         while True:
             session = await self._wait_session()
             try:
-                return session, await session.acquire()
+                channel = await (session.open_confirm_channel() if fresh else session.acquire())
+                return session, channel
             except BrokerUnavailable:
                 # The session is dead or dying. The next one is awaited under the caller's deadline.
                 await session.closed.wait()

@@ -1,12 +1,19 @@
 """What a nack means, of a channel that has taken nothing yet: is the queue full, or without leader?
 
 RabbitMQ's channels nack what they are given first for a quorum queue, while the node of its leader
-is down, until the others have agreed on a new one; only to those that have spoken to the queue do
-they keep their word (``enqueue`` in rabbit_fifo_client). A queue that is full nacks likewise. What
-tells them apart is how many messages it has ready: RabbitMQ asks the very process whose absence
-makes it nack, and says 0 if that does not answer (``stat`` in rabbit_quorum_queue), while what is
-full has at least one (``is_over_limit`` in rabbit_fifo). The exception is a queue that is full of
-what it keeps until it is dead-lettered: it is taken for one without a leader.
+is down; only to those that have spoken to the queue do they keep their word (``enqueue`` in
+rabbit_fifo_client). Up to 3.12.4, a channel that has nacked so nacks on when the others have long
+agreed on a new leader: until it is back, it asks the node that had the leader when the channel was
+first used (``pick_server``: the head of ``servers``, which nothing changes before the first
+success). So another attempt takes a fresh channel, which looks for the leader anew; the old one is
+closed.
+
+A queue that is full nacks likewise. What tells them apart is how many messages it has ready:
+RabbitMQ asks the very process whose absence makes it nack, and says 0 if that does not answer
+(``stat`` in rabbit_quorum_queue), while what is full has at least one (``is_over_limit`` in
+rabbit_fifo). That it has some is no proof by itself: a fresh channel must have been nacked between
+two such answers. The exception is a queue that is full of what it keeps until it is dead-lettered:
+it is taken for one without a leader.
 
 A leader that has lost its majority answers, but nacks only after 65 s (net_ticktime and 5): by then
 an upload has failed, with the default ``confirm_timeout``.
@@ -31,6 +38,9 @@ PAUSE_MAX: Final = 1.0
 
 FULL: Final = "the broker rejected a frame: the queue is full"
 FULL_OR_LEADERLESS: Final = "the broker rejected a frame: the queue is full, or has no leader"
+WAS_FULL_OR_LEADERLESS: Final = (
+    "the broker rejected a frame and took a later one: the queue was full, or had no leader"
+)
 LEADERLESS: Final = "the queue takes no frame, and is not full: it has no leader"
 
 
@@ -52,13 +62,22 @@ class Rejection:
             return QueueFull(FULL_OR_LEADERLESS)
         return BrokerUnavailable(LEADERLESS)
 
+    @property
+    def gap(self) -> BrokerError:
+        """What an upload gets of which a frame was taken after one that was not."""
+        if self._queue is None:
+            return QueueFull(FULL_OR_LEADERLESS)
+        return BrokerUnavailable(WAS_FULL_OR_LEADERLESS)
+
     def forget(self) -> None:
-        """Begin anew, on another channel."""
+        """Begin anew, on another connection."""
         self._since = None
         self._was_full = False
 
     async def wait(self, session: Session) -> None:
         """After all that was published has been rejected: wait until it is worth another attempt.
+
+        That is to be made on a fresh channel.
 
         Raises:
             QueueFull: it is not.
@@ -66,8 +85,8 @@ class Rejection:
         now = trio.current_time()
         self._since = now if self._since is None else self._since
         was_full, self._was_full = self._was_full, await self._has_messages(session)
-        # It had a leader before it rejected, and has one now. Once would not tell: the others may
-        # have agreed on a leader between nack and question, and the next attempt goes well.
+        # It had a leader before a fresh channel was nacked, and has one now. Once would not tell:
+        # the others may have agreed on one since the first channel was, and the next goes well.
         if was_full and self._was_full:
             raise QueueFull(FULL)
         if self._queue is None and now >= self._since + REJECTED_GRACE:

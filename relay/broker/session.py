@@ -59,6 +59,7 @@ class ConfirmChannel:
 
     Attributes:
         has_taken: whether a message to its present address was acked.
+        has_rejected: whether any message was nacked. It may go on nacking, see ``rejection.py``.
     """
 
     def __init__(self, connection: TrioConnection, channel: Channel) -> None:
@@ -68,6 +69,7 @@ class ConfirmChannel:
         self._owner: ChannelOwner | None = None
         self._address: Address | None = None
         self.has_taken = False
+        self.has_rejected = False
         self._method = {True: b"", False: b""}
         self._header = HeaderMarshaller(channel.channel_number, 2)
         connection.set_on_ack(channel.channel_number, self._on_ack)
@@ -133,6 +135,11 @@ class ConfirmChannel:
         if self._channel.is_open or self._channel.is_opening:
             self._channel.close()
 
+    def retire(self) -> None:
+        """Close the channel; its owner is told nothing any more."""
+        self._owner = None
+        self.close()
+
     def on_confirm(self, frame: Method[Basic.Ack | Basic.Nack]) -> None:
         """Take basic.nack, and what acks the connection leaves to pika; a callback of pika's."""
         method = frame.method
@@ -150,9 +157,11 @@ class ConfirmChannel:
             self._connection.abort(f"confirms are out of step: {exc}")
             return
         self.has_taken = self.has_taken or acked
-        if self._owner is not None:
+        self.has_rejected = self.has_rejected or not acked
+        owner = self._owner  # who may give the channel back at the first of several
+        if owner is not None:
             for message, outcome in settled:
-                self._owner.on_settled(message, outcome)
+                owner.on_settled(message, outcome)
 
     def _on_return(
         self, _channel: Channel, method: Basic.Return, properties: BasicProperties, _body: bytes
@@ -249,7 +258,7 @@ class Session:
         Raises:
             BrokerError: the broker refuses, does not answer in time, or is gone.
         """
-        return self.take_idle() or await self._open_confirm_channel()
+        return self.take_idle() or await self.open_confirm_channel()
 
     def take_idle(self) -> ConfirmChannel | None:
         """A confirm channel that is open and that nobody uses, if there is one."""
@@ -260,8 +269,13 @@ class Session:
         return None
 
     def release(self, channel: ConfirmChannel) -> None:
-        """Give a channel back to the pool; nothing may be outstanding on it."""
-        if channel.is_open and not channel.outstanding:
+        """Give a channel back to the pool; nothing may be outstanding on it.
+
+        One that has rejected is closed: it may reject whatever the next upload has for it, too.
+        """
+        if channel.has_rejected:
+            channel.retire()
+        elif channel.is_open and not channel.outstanding:
             self._idle.append(channel)
 
     async def declare(self, queue: QueueConfig) -> None:
@@ -355,7 +369,8 @@ class Session:
             raise
         return channel
 
-    async def _open_confirm_channel(self) -> ConfirmChannel:
+    async def open_confirm_channel(self) -> ConfirmChannel:
+        """A confirm channel that nobody has used before. Raises as ``acquire``."""
         channel = await self._open_channel()
         confirm_channel = ConfirmChannel(self._connection, channel)
         reply = _Reply()

@@ -316,7 +316,8 @@ async def test_a_commit_frame_that_the_broker_does_not_take_is_no_success(how: s
         await broker.confirm(*await broker.published())
         (commit,) = await broker.published()
         if how == "nacked":
-            await broker.nack(commit.tag)
+            await broker.reject(commit)
+            await broker.accept_close()
         else:
             await broker.give_back(commit)
             await broker.confirm(commit)

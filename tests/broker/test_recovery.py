@@ -42,7 +42,7 @@ async def commit_frame(relay: Relay, broker: ScriptedBroker) -> Published:
 
 async def reject_all(broker: ScriptedBroker) -> None:
     while True:
-        await broker.nack(*[message.tag for message in await broker.published(1)])
+        await broker.reject(*await broker.published(1))
 
 
 # --- rejected -----------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ async def test_frames_rejected_before_any_was_taken_are_published_again(
             rejected = await broker.published(4)
             assert seqs(rejected) == [0, 1, 2, 3]
             # In whatever order it tells.
-            await broker.nack(*[message.tag for message in reversed(rejected)])
+            await broker.reject(*reversed(rejected))
         await broker.confirm(*await broker.published(4))
         (commit,) = await broker.published()
         await broker.confirm(commit)
@@ -83,7 +83,7 @@ async def rejected(broker: ScriptedBroker, *, ready: int) -> list[Published]:
     """Reject what an upload of five frames has out; answer what the queue is asked after that."""
     messages = await broker.published(4)
     assert seqs(messages) == [0, 1, 2, 3]
-    await broker.nack(messages[-1].tag, multiple=True)
+    await broker.nack(messages[-1].tag, multiple=True, channel=messages[-1].channel)
     declare = await broker.accept_declare(ready)
     assert (declare.queue, declare.passive) == ("q.q", True)
     return messages
@@ -121,6 +121,82 @@ async def test_a_queue_that_has_a_leader_again_when_it_is_asked_is_not_taken_for
         relay.assert_nothing_is_held()
 
 
+async def test_a_channel_that_goes_on_rejecting_is_replaced_and_never_used_again(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=TO_QUEUE)
+        # RabbitMQ nacks on this one until the node is back that had the leader; the queue, which
+        # has messages, has another leader by now, to which only fresh channels speak.
+        (bad, *_) = {message.channel for message in await rejected(broker, ready=7)}
+        assert bad in broker.channels
+        again = await broker.published(4)
+        assert seqs(again) == [0, 1, 2, 3]
+        assert bad not in broker.channels
+        await broker.confirm(*again)
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+        upload = relay.attempt(1, route=TO_QUEUE)
+        (message,) = await broker.published()
+        assert message.channel == again[0].channel
+        await broker.confirm(message)
+        assert await upload.outcome() is None
+        relay.assert_nothing_is_held()
+
+
+async def test_what_proves_a_queue_full_is_of_one_connection(autojump_clock: MockClock) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=TO_QUEUE)
+        await rejected(broker, ready=7)
+        await broker.accept_close()
+        # Instead of the fresh channel; what node comes next may know of no new leader yet.
+        await broker.expect(Channel.Open)
+        await broker.cut()
+        broker = await relay.broker()
+        await rejected(broker, ready=7)
+        await broker.confirm(*await broker.published(4))
+        await broker.confirm(*await broker.published())
+        assert await upload.outcome() is None
+        relay.assert_nothing_is_held()
+
+
+async def test_a_frame_taken_after_one_that_was_not_does_not_prove_a_queue_full(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=TO_QUEUE)
+        first, *others = await broker.published(4)
+        await broker.reject(first)
+        await broker.confirm(*others)
+        error = await upload.outcome()
+        assert isinstance(error, BrokerUnavailable)
+        (abort,) = await broker.published()
+        assert abort.decode() == Abort(upload.transfer.id, 4, "broker-unavailable")
+        await broker.confirm(abort)
+        await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
+
+
+async def test_a_late_ack_of_what_was_before_a_nack_proves_a_queue_full(
+    autojump_clock: MockClock,
+) -> None:
+    async with running(Network()) as relay:
+        broker = await relay.broker()
+        upload = relay.attempt(5, route=TO_QUEUE)
+        *taken, last = await broker.published(4)
+        # As RabbitMQ does: it knows at once that the queue takes no more, and waits for the rest.
+        await broker.reject(last)
+        await broker.confirm(*taken)
+        assert isinstance(await upload.outcome(), QueueFull)
+        (abort,) = await broker.published()
+        await broker.confirm(abort)
+        await wait_all_tasks_blocked()
+        relay.assert_nothing_is_held()
+
+
 async def test_a_queue_that_stays_without_a_leader_is_a_broker_that_is_away(
     autojump_clock: MockClock,
 ) -> None:
@@ -149,8 +225,7 @@ async def test_a_queue_of_which_the_broker_says_nothing_is_not_taken_for_full(
     async with running(Network()) as relay:
         broker = await relay.broker()
         upload = relay.attempt(2, route=TO_QUEUE)
-        (message,) = await broker.published()
-        await broker.nack(message.tag)
+        await broker.reject(*await broker.published())
         channel = await broker.accept_open()
         await broker.expect(Queue.Declare)
         await broker.close_channel(channel, 404, "NOT_FOUND")
@@ -206,7 +281,7 @@ async def test_an_upload_given_up_while_it_is_rejected_holds_nothing(
     async with running(Network()) as relay:
         broker = await relay.broker()
         upload = relay.attempt(5)
-        await broker.nack(*[message.tag for message in await broker.published(4)])
+        await broker.reject(*await broker.published(4))
         await wait_all_tasks_blocked()
         upload.scope.cancel()
         await wait_all_tasks_blocked()
@@ -300,7 +375,7 @@ async def test_a_loss_that_cost_an_upload_nothing_takes_nothing_of_its_next_grac
             await broker.accept_channel()
         upload.go_on()
         if then == "rejected":
-            await broker.nack(*[message.tag for message in await broker.published()])
+            await broker.reject(*await broker.published())
         await broker.confirm(*await broker.published())
         await broker.confirm(*await broker.published())
         assert await upload.outcome() is None
@@ -637,7 +712,7 @@ async def test_whatever_becomes_of_the_second_copy_the_first_may_be_committed(
         (second,) = await broker.published()
         # A queue that was full with the first copy, or deleted meanwhile.
         if fate == "nacked":
-            await broker.nack(second.tag)
+            await broker.reject(second)
             with trio.move_on_after(REJECTED_GRACE + 1):
                 await reject_all(broker)
         elif fate == "returned":

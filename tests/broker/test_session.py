@@ -187,6 +187,25 @@ async def test_a_channel_with_something_outstanding_is_not_used_again() -> None:
         assert session.channels == 0
 
 
+@pytest.mark.parametrize("has_taken", [True, False])
+async def test_a_channel_that_has_rejected_is_closed_and_not_used_again(has_taken: bool) -> None:
+    async with opened() as (session, broker):
+        channel = await acquire(session, broker)
+        owner = Owner()
+        channel.assign(owner, ADDRESS)
+        for number in range(2):
+            channel.publish(message(number), mandatory=True)
+        first, second = await broker.published(2)
+        await (broker.confirm(first) if has_taken else broker.reject(first))
+        await broker.reject(second)
+        await wait_all_tasks_blocked()
+        session.release(channel)
+        assert await broker.accept_close() == second.channel
+        await wait_all_tasks_blocked()
+        assert session.channels == 0
+        assert owner.lost is None
+
+
 async def test_a_channel_that_the_broker_closed_while_idle_is_not_used_again() -> None:
     async with opened() as (session, broker):
         channel = await acquire(session, broker)
