@@ -233,9 +233,14 @@ class Publication:
         return self._channel is not None and self._failure is None and not self._again
 
     def _has_room(self, size: int) -> bool:
+        outstanding = self._outstanding
+        if not outstanding:  # one frame is always taken: small uploads stand in no queue
+            return True
         return (
             self._unconfirmed + size <= self._config.upload_window
-            and self._outstanding < MESSAGES_MAX
+            and outstanding < MESSAGES_MAX
+            and self._channel is not None
+            and self._channel.takes_more(self._changed.unpark_all)
         )
 
     @property
