@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Final
 
 SOCKET: Final = "/run/systemd/journal/socket"
@@ -55,9 +56,15 @@ class Journal:
         self._socket.close()
 
 
-def _field(name: str, value: str) -> bytes:
+@lru_cache(maxsize=64)
+def _key(name: str) -> bytes:
+    """What journald knows a field by. The names are relay's own, and few."""
     letters = (char if char.isascii() and char.isalnum() else "_" for char in name.upper())
-    key = "".join(letters).lstrip("_0123456789")[:_NAME_MAX].encode()
+    return "".join(letters).lstrip("_0123456789")[:_NAME_MAX].encode()
+
+
+def _field(name: str, value: str) -> bytes:
+    key = _key(name)
     data = value.encode("utf-8", "backslashreplace")
     if b"\n" in data:
         return key + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"

@@ -9,10 +9,12 @@ printed is escaped, so that nothing can be taken for another line or for a comma
 import json
 import logging
 import os
+import re
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from relay.config import LogConfig
@@ -25,6 +27,12 @@ RECENT_MAX: Final = 20
 _TEXTS_MAX: Final = 256
 """Texts that are known at a time, so that they cannot fill memory either."""
 
+_PLAIN: Final = re.compile(r"[!#-<>-\[\]-~]+")
+"""What needs no quotes: visible ASCII but ``"``, ``=`` and a backslash."""
+
+_UNESCAPED: Final = re.compile(r"[ !#-\[\]-~]*")
+"""What is the same in a JSON string."""
+
 
 def fields(**values: object) -> dict[str, Any]:
     """The ``extra`` argument that attaches ``values`` to a log record; None is left out."""
@@ -33,7 +41,12 @@ def fields(**values: object) -> dict[str, Any]:
 
 def fields_of(record: logging.LogRecord) -> dict[str, object]:
     """What ``fields`` has attached to a record."""
-    return dict(getattr(record, "fields", {}))
+    return dict(_fields_of(record))
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    found: dict[str, object] = getattr(record, "fields", {})
+    return found
 
 
 def configure(config: LogConfig, environ: Mapping[str, str] = os.environ) -> None:
@@ -47,6 +60,8 @@ def configure(config: LogConfig, environ: Mapping[str, str] = os.environ) -> Non
         handler.setFormatter(LogfmtFormatter(journald=in_journal))
         if in_journal and config.format == "auto":
             handler = JournalHandler(Journal(), otherwise=handler)
+    # There is one thread and one process, and no line says which; asking costs each of them time.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=config.level.upper(), handlers=[Unrepeated(handler)], force=True)
     # pika logs each step of its own, and errors that relay reports in its own words.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
@@ -91,7 +106,8 @@ class Unrepeated(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Pass it on, or count it."""
-        self._tell_overdue(record.created)
+        if self._told:
+            self._tell_overdue(record.created)
         if self._is_repeatable(record):
             key = (record.levelno, record.getMessage())
             if key in self._told:
@@ -114,7 +130,7 @@ class Unrepeated(logging.Handler):
 
     @staticmethod
     def _is_repeatable(record: logging.LogRecord) -> bool:
-        values = fields_of(record)
+        values = _fields_of(record)
         return "transfer" not in values and (
             record.levelno >= logging.WARNING or "outcome" in values
         )
@@ -147,16 +163,16 @@ class JournalHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Send it."""
-        values = {f"RELAY_{key}": _text(value) for key, value in fields_of(record).items()}
+        values = _fields_of(record)
         entry = {
-            "MESSAGE": " ".join([_printable(record.getMessage()), *_pairs(fields_of(record))]),
+            "MESSAGE": " ".join([_printable(record.getMessage()), *_pairs(values)]),
             "PRIORITY": str(_syslog_level(record.levelno)),
             "SYSLOG_IDENTIFIER": "relay",
             "LOGGER": record.name,
             "CODE_FILE": record.pathname,
             "CODE_LINE": str(record.lineno),
             "CODE_FUNC": record.funcName or "",
-            **values,
+            **{f"RELAY_{key}": _text(value) for key, value in values.items()},
         }
         if record.exc_info:
             entry["TRACEBACK"] = _FORMATTER.formatException(record.exc_info)
@@ -201,16 +217,22 @@ _FORMATTER: Final = logging.Formatter()
 
 
 def _values(record: logging.LogRecord) -> dict[str, object]:
-    time = datetime.fromtimestamp(record.created, UTC)
+    seconds, milliseconds = divmod(round(record.created * 1000), 1000)
     values: dict[str, object] = {
-        "time": time.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "time": f"{_second(seconds)}.{milliseconds:03d}Z",
         "level": record.levelname.lower(),
         "msg": record.getMessage(),
-        **fields_of(record),
+        **_fields_of(record),
     }
     if record.exc_info:
         values["traceback"] = _FORMATTER.formatException(record.exc_info)
     return values
+
+
+@lru_cache(maxsize=1)
+def _second(seconds: int) -> str:
+    """A line's time without its fraction: most lines are of the same second as the last one."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))
 
 
 def _syslog_level(level: int) -> int:
@@ -222,7 +244,11 @@ def _syslog_level(level: int) -> int:
 
 
 def _pairs(values: dict[str, object]) -> list[str]:
-    return [f"{key}={_quote(_text(value))}" for key, value in values.items()]
+    return [
+        # Numbers need no look at their characters, and most fields are numbers.
+        f"{key}={value if type(value) is int else _quote(_text(value))}"
+        for key, value in values.items()
+    ]
 
 
 def _text(value: object) -> str:
@@ -230,9 +256,9 @@ def _text(value: object) -> str:
 
 
 def _quote(text: str) -> str:
-    if text and all(33 <= ord(char) <= 126 and char not in '"=\\' for char in text):
+    if _PLAIN.fullmatch(text):
         return text
-    return _json(text)
+    return f'"{text}"' if _UNESCAPED.fullmatch(text) else _json(text)
 
 
 def _json(value: object) -> str:

@@ -63,6 +63,12 @@ def test_logfmt_is_time_level_message_and_fields() -> None:
     )
 
 
+def test_a_time_is_rounded_to_milliseconds_over_the_second_too() -> None:
+    record = a_record()
+    record.created += 0.2106
+    assert LogfmtFormatter().format(record).startswith("time=2024-02-29T12:34:57.000Z ")
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
