@@ -8,7 +8,9 @@ The deadlines are about the client: they run only while this module waits for it
 waits for the broker nobody calls ``receive``, and no clock runs against the client.
 """
 
+import time
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Final
 
@@ -236,25 +238,15 @@ class HttpConnection:
             ClientGone: the client does not take it.
         """
         self.awaits_response = False
-        headers = [
-            ("Date", formatdate(usegmt=True)),
-            ("Server", "relay"),
-            ("Content-Type", response.content_type),
-            ("Content-Length", str(len(response.body))),
-            *response.headers.items(),
-        ]
-        if close:
-            headers.append(("Connection", "close"))
-        data = self._h11.send(
-            h11.Response(
-                status_code=response.status,
-                headers=headers,
-                reason=HTTPStatus(response.status).phrase.encode("ascii"),
-            )
+        head = _response_head(
+            response.status,
+            response.content_type,
+            len(response.body),
+            tuple(response.headers.items()),
+            is_last=close,
+            second=int(time.time()),
         )
-        if not self._is_head:
-            data += self._h11.send(h11.Data(data=response.body))
-        await self._send(data)
+        await self._send(head if self._is_head else head + response.body)
         if close:
             await self._linger()
 
@@ -272,6 +264,31 @@ class HttpConnection:
         self._unread = b""
         self._h11 = h11.Connection(h11.SERVER)
         await linger(self._stream)
+
+
+@lru_cache(maxsize=128)
+def _response_head(
+    status: int,
+    content_type: str,
+    length: int,
+    fields: tuple[tuple[str, str], ...],
+    *,
+    is_last: bool,
+    second: int,
+) -> bytes:
+    """A response's head: within a second the same for very many, and none of it is a client's."""
+    headers = [
+        ("Date", formatdate(second, usegmt=True)),
+        ("Server", "relay"),
+        ("Content-Type", content_type),
+        ("Content-Length", str(length)),
+        *fields,
+    ]
+    if is_last:
+        headers.append(("Connection", "close"))
+    reason = HTTPStatus(status).phrase.encode("ascii")
+    head = h11.Response(status_code=status, headers=headers, reason=reason)
+    return h11.Connection(h11.SERVER).send(head) or b""
 
 
 async def linger(stream: trio.abc.HalfCloseableStream) -> None:
