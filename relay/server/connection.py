@@ -9,6 +9,7 @@ waits for the broker nobody calls ``receive``, and no clock runs against the cli
 """
 
 import time
+from collections.abc import Callable
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -20,7 +21,8 @@ import trio
 from relay.config import HttpConfig
 from relay.errors import BadRequest, ClientGone, TooSlow
 from relay.protocol.chunked import ChunkedValidator
-from relay.protocol.head import HeadReader, RawHead, check_head
+from relay.protocol.head import Field, HeadReader, RawHead, check_head
+from relay.protocol.request import RequestHead
 from relay.server.idle import Idle
 from relay.server.responses import Response
 
@@ -30,9 +32,15 @@ READ_SIZE: Final = 64 * 1024
 SMALL_READ_SIZE: Final = 16 * 1024
 """Likewise for heads, and for what is discarded: connections that are no uploads hold no more."""
 
+KNOWN_HEAD_MAX: Final = 1024
+"""Bytes of a head that is remembered while its connection lasts: more than most clients send."""
+
 LINGER_TIMEOUT: Final = 10.0
 LINGER_IDLE: Final = 2.0
 """Seconds for which, in all and without a byte, input is discarded after a last response."""
+
+Understand = Callable[[bytes, bytes, list[Field], bytes], RequestHead]
+"""Makes a request of the items of a ``RawHead``, or raises ClientError; of nothing else."""
 
 _CONTINUE: Final = h11.InformationalResponse(status_code=100, headers=[], reason=b"Continue")
 
@@ -58,6 +66,9 @@ class HttpConnection:
         self._h11 = h11.Connection(h11.SERVER)
         self._unread = b""
         self._head = b""
+        # The last head, and what it asks for; never shared between connections.
+        self._known_head = b""
+        self._known: RequestHead | None = None
         self._heads = 0
         self._is_head = False
         self.awaits_response = False
@@ -68,6 +79,27 @@ class HttpConnection:
         self._waited = 0.0
         self._received = 0
 
+    async def next_request(self, understand: Understand) -> RequestHead | None:
+        """Read a request's head, and prepare ``receive`` for its body. None: nothing comes.
+
+        A head that is byte for byte the last one means what that meant: most clients of many small
+        uploads send the same again. Each other one goes through ``understand``, and through h11.
+
+        Raises what ``next_head``, ``understand`` and ``begin_body`` do.
+        """
+        if not await self._gather_head():
+            return None
+        if self._known is not None and self._head == self._known_head:
+            self._begin_body(self._known.content_length)
+            return self._known
+        bytes_read = self._head
+        request = understand(*self._check_head())
+        self.begin_body(request.content_length)
+        # Not those in whose exchange h11 takes part later.
+        if len(bytes_read) <= KNOWN_HEAD_MAX and not (request.chunked or request.expect_continue):
+            self._known_head, self._known = bytes_read, request
+        return request
+
     async def next_head(self) -> RawHead | None:
         """Read a request head. None: there is no further request.
 
@@ -75,6 +107,15 @@ class HttpConnection:
             ClientError: it is not acceptable HTTP; the connection must be closed.
             ClientGone: the client left in the middle of it.
         """
+        return self._check_head() if await self._gather_head() else None
+
+    def _check_head(self) -> RawHead:
+        raw = check_head(self._head, max_headers=self._config.max_headers)
+        self._is_head = raw.method == b"HEAD"
+        return raw
+
+    async def _gather_head(self) -> bool:
+        """Read a head's bytes into ``_head``; False if no further request comes."""
         # One h11 connection per request: with pipelined input kept on our side, nothing of one
         # request can reach the next.
         self._h11 = h11.Connection(h11.SERVER, self._config.max_header_bytes * 2)
@@ -86,16 +127,14 @@ class HttpConnection:
         deadline = trio.current_time() + timeout
         while not reader.done:
             if not self._unread and not await self._read_head(reader, deadline):
-                return None
+                return False
             self.awaits_response = True
             had_started = reader.started
             self._unread = self._unread[reader.feed(self._unread) :]
             if reader.started and not had_started:
                 deadline = trio.current_time() + self._config.header_timeout
-        raw = check_head(reader.head, max_headers=self._config.max_headers)
-        self._is_head = raw.method == b"HEAD"
         self._head = reader.head
-        return raw
+        return True
 
     async def _read_head(self, reader: HeadReader, deadline: float) -> bool:
         """Fill ``_unread``; False if the client ended or sat out the time between requests."""
@@ -120,11 +159,14 @@ class HttpConnection:
         """
         # Not before its user has understood the head, whose errors are more precise than h11's.
         self._h11.receive_data(self._head)
-        self._head = b""
         try:
             self._h11.next_event()
         except h11.RemoteProtocolError as exc:
             raise BadRequest(f"malformed request: {exc}") from exc
+        self._begin_body(content_length)
+
+    def _begin_body(self, content_length: int | None) -> None:
+        self._head = b""
         self._waited = 0.0
         self._received = 0
         self.read_was_full = False

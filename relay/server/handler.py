@@ -109,11 +109,7 @@ class UploadHandler:
         """Answer one request. Returns whether another can follow on this connection."""
         refusal = None
         try:
-            raw = await connection.next_head()
-            if raw is None:
-                return False
-            head = parse_request(*raw)
-            connection.begin_body(head.content_length)
+            head = await connection.next_request(parse_request)
         except ClientError as exc:
             extra = _About(peer=peer.address).fields(exc.code, status=exc.status)
             log.info("refused: %s", exc.detail, extra=extra)
@@ -123,6 +119,8 @@ class UploadHandler:
             # Where the body ends is in doubt, or was never looked at. The exception is gone by now:
             # its traceback would keep what was read for as long as the connection lingers.
             await connection.respond(refusal, close=True)
+            return False
+        if head is None:
             return False
         response = await self._upload(connection, head, peer)
         keep = head.keep_alive and connection.reusable and not self._uploads.draining

@@ -36,8 +36,8 @@ class Server:
         self.broker = MemoryBroker()
         self.uploads = Uploads(10, per_client=per_client)
         lines = [line_of(name, token) for name, token in SECRETS.items()]
-        access = Access(tokens=Tokens("\n".join(lines)), anonymous=anonymous)
-        self.handler = UploadHandler(HttpConfig(), ROUTES, self.broker, self.uploads, access)
+        self.access = Access(tokens=Tokens("\n".join(lines)), anonymous=anonymous)
+        self.handler = UploadHandler(HttpConfig(), ROUTES, self.broker, self.uploads, self.access)
 
     @asynccontextmanager
     async def client(self, peer: Peer = PEER) -> AsyncGenerator[MemoryClient, None]:
@@ -142,6 +142,15 @@ async def test_each_request_of_a_connection_is_its_own_clients() -> None:
             assert (await client.exchange(request("/upload", b"x", None, header))).status == 201
         assert problem(await client.exchange(request("/upload", b"x"))) == (401, "unauthorized")
     assert [sink.transfer.client for sink in server.broker.sinks] == ["alice", "bob"]
+
+
+async def test_a_token_that_is_no_longer_valid_is_none_on_an_open_connection_either() -> None:
+    server = Server()
+    async with server.client() as client:
+        same = request("/upload", b"hello", None, ALICE)
+        assert (await client.exchange(same)).status == 201
+        server.access.configure(tokens=Tokens(line_of("bob", SECRETS["bob"])), anonymous=False)
+        assert problem(await client.exchange(same)) == (401, "unauthorized")
 
 
 async def test_a_key_belongs_to_its_client() -> None:

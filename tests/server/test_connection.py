@@ -17,7 +17,14 @@ from relay.errors import (
     TooSlow,
 )
 from relay.protocol.chunked import MAX_CHUNKS
-from relay.server.connection import LINGER_IDLE, LINGER_TIMEOUT, READ_SIZE, HttpConnection
+from relay.protocol.request import RequestHead, parse_request
+from relay.server.connection import (
+    KNOWN_HEAD_MAX,
+    LINGER_IDLE,
+    LINGER_TIMEOUT,
+    READ_SIZE,
+    HttpConnection,
+)
 from relay.server.responses import Response
 from tests.memory_broker import MemoryClient, NewPair, slow_upstream_pair
 from tests.uploading import chunked
@@ -114,6 +121,70 @@ async def test_limits_on_heads_are_those_of_the_configuration() -> None:
     await client.send(HEAD)
     with pytest.raises(HeadersTooLarge):
         await connection.next_head()
+
+
+# --- heads that come again ---------------------------------------------------------------------
+
+
+class Understood:
+    """``parse_request``, and what it was asked for."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int | None] = []
+
+    def __call__(self, *raw: Any) -> RequestHead:
+        head = parse_request(*raw)
+        self.lengths.append(head.content_length)
+        return head
+
+
+async def requests(connection: HttpConnection, understand: Understood) -> list[RequestHead]:
+    """All requests of a connection, with a body each."""
+    heads = []
+    while (head := await connection.next_request(understand)) is not None:
+        await connection.send_continue()
+        assert await read_all(connection) == b"0123456789"[: head.content_length]
+        heads.append(head)
+    return heads
+
+
+@pytest.mark.parametrize("size", [None, 1, 7])
+async def test_a_head_that_comes_again_is_understood_once(size: int | None) -> None:
+    client, connection = new_connection()
+    understand = Understood()
+    other = HEAD.replace(b"10", b"9")
+    sent = (HEAD + b"0123456789") * 3 + other + b"012345678" + HEAD + b"0123456789"
+    await client.send(sent, size=size)
+    await client.stream.send_eof()
+    heads = await requests(connection, understand)
+    assert [head.content_length for head in heads] == [10, 10, 10, 9, 10]
+    assert understand.lengths == [10, 9, 10]
+
+
+async def test_long_heads_are_not_remembered() -> None:
+    for excess, understood in ((0, 1), (1, 2)):
+        client, connection = new_connection()
+        understand = Understood()
+        filler = b"X: " + b"x" * (KNOWN_HEAD_MAX - len(HEAD) - len(b"X: \r\n") + excess)
+        await client.send((HEAD[:-2] + filler + b"\r\n\r\n" + b"0123456789") * 2)
+        await client.stream.send_eof()
+        assert len(await requests(connection, understand)) == 2
+        assert len(understand.lengths) == understood
+
+
+async def test_a_head_that_comes_again_is_not_mixed_up_with_one_that_waits_for_100() -> None:
+    client, connection = new_connection()
+    waiting = HEAD[:-2] + b"Expect: 100-continue\r\n\r\n"
+    # It does not wait after all, so nothing is said, and nothing is owed to the next request.
+    await client.send(HEAD + b"0123456789" + waiting + b"0123456789" + HEAD)
+    for _ in range(2):
+        assert await connection.next_request(parse_request) is not None
+        await connection.send_continue()
+        assert await read_all(connection) == b"0123456789"
+    assert await connection.next_request(parse_request) is not None
+    await connection.send_continue()
+    await connection.respond(OK, close=False)
+    assert (await client.answer()).status == 200
 
 
 # --- deadlines of heads ------------------------------------------------------------------------
