@@ -5,9 +5,8 @@ go to a sink. It knows neither HTTP nor AMQP; what it needs of both sides is dec
 Waiting for the sink is what slows the client: nothing is read meanwhile.
 """
 
-import secrets
+import os
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -88,6 +87,8 @@ class Upload:
 def new_transfer_id() -> str:
     """A fresh UUID version 7 (RFC 9562, section 5.7): time-ordered, 74 random bits."""
     milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds & (1 << 48) - 1) << 80 | 0x7 << 76 | secrets.randbits(12) << 64
-    value |= 0b10 << 62 | secrets.randbits(62)
-    return str(uuid.UUID(int=value))
+    value = (milliseconds & (1 << 48) - 1) << 80 | int.from_bytes(os.urandom(10))
+    value = value & ~(0xF << 76 | 0b11 << 62) | 0x7 << 76 | 0b10 << 62
+    text = f"{value:032x}"
+    # As str(uuid.UUID(int=value)) has it, in a fifth of its time.
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

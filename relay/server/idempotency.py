@@ -14,7 +14,7 @@ neither clocks nor I/O, and nothing here waits.
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -32,6 +32,9 @@ ENTRY_OVERHEAD: Final = 1280
 
 REPLAYED: Final = {"Idempotency-Replayed": "true"}
 """Tells a receipt of an earlier request from one of this request."""
+
+
+_NOTHING: Final = nullcontext()
 
 
 class Key(NamedTuple):
@@ -131,16 +134,16 @@ class KeyMemory:
         self._answered.move_to_end(key)
         return answered.response
 
-    @contextmanager
-    def hold(self, key: Key | None) -> Iterator[None]:
+    def hold(self, key: Key | None) -> AbstractContextManager[None]:
         """Keep others from uploading with this key for the length of the block.
 
         Raises:
             KeyInUse: somebody else does.
         """
-        if key is None:
-            yield
-            return
+        return _NOTHING if key is None else self._hold(key)
+
+    @contextmanager
+    def _hold(self, key: Key) -> Iterator[None]:
         if key in self._held:
             raise KeyInUse("an upload with this Idempotency-Key is in progress")
         self._held.add(key)

@@ -4,10 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from relay.errors import MethodNotAllowed, RelayError, Unauthorized
 from relay.model import PartReceipt, Receipt
+
+# With arguments of its own, json.dumps makes one each time.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,4 +81,4 @@ def _part_document(receipt: PartReceipt) -> dict[str, Any]:
 
 
 def _json(document: Mapping[str, object]) -> bytes:
-    return json.dumps(document, ensure_ascii=False).encode() + b"\n"
+    return _ENCODER.encode(document).encode() + b"\n"
