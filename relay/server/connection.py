@@ -125,6 +125,13 @@ class HttpConnection:
         self._heads += 1
         timeout = self._config.header_timeout if is_first else self._config.keep_alive_timeout
         deadline = trio.current_time() + timeout
+        if not self._unread and not await self._read_head(reader, deadline):
+            return False
+        if self._known is not None and self._unread.startswith(self._known_head):
+            # As the reader would have it: a head ends with the first empty line in it.
+            self.awaits_response = True
+            self._head, self._unread = self._known_head, self._unread[len(self._known_head) :]
+            return True
         while not reader.done:
             if not self._unread and not await self._read_head(reader, deadline):
                 return False
