@@ -238,16 +238,16 @@ class UploadHandler:
             digests=tuple(dict.fromkeys(asked)),
             receipt_parts=self._config.receipt_parts,
         )
-        waits, pace = record.waits, self._uploads.pace
+        waits, pace, who = record.waits, self._uploads.pace, record.who
 
         async def receive() -> bytes:
             waits.begin(Wait.CLIENT)
             # While its rate is used up nobody reads it, and no clock runs against it.
             if not connection.body_read:
-                await pace.wait(record.who)
+                await pace.wait(who)
             data = await connection.receive(pace.read_size(record.read_size))
             waits.end()
-            pace.count(record.who, len(data))
+            pace.count(who, len(data))
             if connection.read_was_full:
                 self._uploads.widen(record)
             record.bytes_received += len(data)
@@ -293,23 +293,23 @@ class _About:
     def fields(self, outcome: str, *, status: int | None = None) -> dict[str, Any]:
         """A log record's ``extra``."""
         seconds = trio.current_time() - self.began
-        known: dict[str, object] = {
-            "route": self.route,
-            "client": self.client,
-            "peer": self.peer,
-            "trace": self.trace,
-            "outcome": outcome,
-            "status": status,
-            "seconds": seconds,
-        }
-        if self.record is not None:
-            known = {"transfer": self.record.transfer.id} | known | _progress(self.record, seconds)
-        return fields(**known)
+        record = self.record
+        return fields(
+            transfer=None if record is None else record.transfer.id,
+            route=self.route,
+            client=self.client,
+            peer=self.peer,
+            trace=self.trace,
+            outcome=outcome,
+            status=status,
+            seconds=seconds,
+            **({} if record is None else _progress(record, seconds)),
+        )
 
 
 def _progress(record: UploadRecord, seconds: float) -> dict[str, object]:
     waited = record.waits.seconds
-    most = max(waited, key=lambda wait: waited[wait])
+    most = max(waited, key=waited.__getitem__)
     return {
         "bytes": record.bytes_received,
         "frames": record.frames,
