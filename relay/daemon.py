@@ -74,7 +74,21 @@ def run(config: Config, inherited: Inherited, read: Callable[[], Config]) -> Non
     """
     allocator.tune()
     _raise_file_limit()
-    trio.run(Daemon(config, inherited, read).run)
+    trio.run(Daemon(config, inherited, read).run, instruments=[_LinesOfATurn()])
+
+
+class _LinesOfATurn(trio.abc.Instrument):
+    """Has the log lines of one turn of the event loop written at once, when the turn is over."""
+
+    def before_run(self) -> None:
+        logs.lines.gathering = True
+
+    def before_io_wait(self, timeout: float) -> None:
+        logs.lines.write_out()
+
+    def after_run(self) -> None:
+        logs.lines.gathering = False
+        logs.lines.write_out()
 
 
 class Daemon:

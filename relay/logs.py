@@ -14,6 +14,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final
 
@@ -22,6 +23,9 @@ from relay.journal import Journal, is_standard_error
 
 REPEAT_PAUSE: Final = 10.0
 """Seconds in which the same text is told once; then again, with how often it was left out."""
+
+GATHERED_MAX: Final = 256
+"""Lines that may wait to be written."""
 
 RECENT_MAX: Final = 20
 _TEXTS_MAX: Final = 256
@@ -51,7 +55,7 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 def configure(config: LogConfig, environ: Mapping[str, str] = os.environ) -> None:
     """Send the root logger's records where they are read; may be called again."""
-    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(lines)
     if config.format == "json":
         handler.setFormatter(JsonFormatter())
     else:
@@ -65,6 +69,43 @@ def configure(config: LogConfig, environ: Mapping[str, str] = os.environ) -> Non
     logging.basicConfig(level=config.level.upper(), handlers=[Unrepeated(handler)], force=True)
     # pika logs each step of its own, and errors that relay reports in its own words.
     logging.getLogger("pika").setLevel(logging.CRITICAL)
+
+
+class Lines:
+    """Standard error, to which lines may go many at a time.
+
+    A write for each line wakes whoever reads them each time, which takes longer than formatting it.
+
+    Attributes:
+        gathering: whether somebody calls ``write_out`` soon after each line.
+    """
+
+    def __init__(self) -> None:
+        self.gathering = False
+        self._lines: list[str] = []
+
+    def write(self, line: str) -> None:
+        """Take a line."""
+        self._lines.append(line)
+
+    def flush(self) -> None:
+        """What a handler calls after each line: write it, unless lines are gathered."""
+        if not self.gathering or len(self._lines) >= GATHERED_MAX:
+            self.write_out()
+
+    def write_out(self) -> None:
+        """Write what there is."""
+        if self._lines:
+            text = "".join(self._lines)
+            self._lines.clear()
+            # If nobody can read it any more, nobody can be told.
+            with suppress(OSError):
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+
+lines: Final = Lines()
+"""Of this process."""
 
 
 class Recent:

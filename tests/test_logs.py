@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from relay.config import LogConfig
 from relay.journal import Journal
 from relay.logs import (
+    GATHERED_MAX,
     JournalHandler,
     JsonFormatter,
     LogfmtFormatter,
@@ -26,6 +27,7 @@ from relay.logs import (
     configure,
     fields,
     fields_of,
+    lines,
 )
 
 TIME = "2024-02-29T12:34:56.789Z"
@@ -54,6 +56,42 @@ def root() -> Iterator[logging.Logger]:
     root.handlers[:], level, pika_level = before
     root.setLevel(level)
     pika.setLevel(pika_level)
+
+
+def test_gathered_lines_are_written_together_and_in_order(
+    root: logging.Logger, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(LogConfig(format="logfmt"), {})
+    root.info("first")
+    assert "msg=first" in capsys.readouterr().err
+    lines.gathering = True
+    try:
+        root.info("second")
+        root.warning("third")
+        assert capsys.readouterr().err == ""
+        lines.write_out()
+        written = capsys.readouterr().err.splitlines()
+        assert [line.partition(" msg=")[2] for line in written] == ["second", "third"]
+        for number in range(GATHERED_MAX):
+            root.info("%d", number)
+        assert len(capsys.readouterr().err.splitlines()) == GATHERED_MAX
+    finally:
+        lines.gathering = False
+
+
+def test_where_nobody_can_read_lines_they_are_lost_and_nothing_else(
+    root: logging.Logger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configure(LogConfig(format="logfmt"), {})
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w", buffering=1) as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        root.info("lost")
+        lines.write_out()
+        monkeypatch.undo()
+        with pytest.raises(BrokenPipeError):
+            broken.close()
 
 
 def test_logfmt_is_time_level_message_and_fields() -> None:
