@@ -34,6 +34,9 @@ _EXTENDED = re.compile(
     r"(\"?)(?i:utf-8)'[0-9A-Za-z-]*'((?:[!#$&+\-.^_`|~0-9A-Za-z]|%[0-9A-Fa-f]{2})*)\1"
 )
 _CONTINUED = re.compile(r"[^*]*\*[0-9].*")
+# What nearly all parts are sent with, where nothing can be quoted, escaped or extended: what
+# follows would read it the same, at four times the cost, which many small forms pay for.
+_COMMON = re.compile(r'form-data; name="([^"\\%\0]*)"(?:; filename="([^"\\%\0]*)")?')
 
 
 class Disposition(NamedTuple):
@@ -54,6 +57,8 @@ def disposition_params(value: str) -> Disposition:
         ValueError: malformed, a parameter given twice or in pieces, another charset, or a NUL in a
             name.
     """
+    if common := _COMMON.fullmatch(value):
+        return Disposition("form-data", common[1], common[2])
     main = _start(value)
     try:
         parameters = _split(_MIME, value, main.end())

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from multipart import content_disposition_quote
 
-from relay.protocol.disposition import disposition_params, media_type_params
+from relay.protocol.disposition import Disposition, disposition_params, media_type_params
 
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
@@ -139,6 +139,21 @@ def test_what_rfc_8187_encodes_comes_out_the_same(name: str, filename: str) -> N
     value = f"form-data; name*=utf-8''{quote(name, safe='')}"
     value += f"; filename*=UTF-8'de'{quote(filename, safe='')}"
     assert disposition_params(value) == ("form-data", name, filename)
+
+
+@settings(max_examples=300, deadline=None)
+@given(*[st.text(st.characters() | st.sampled_from('\\"%;\0*=\r\n'), max_size=8)] * 2)
+def test_the_common_form_is_read_as_any_other_is(name: str, filename: str) -> None:
+    for value in (f'form-data; name="{name}"', f'form-data; name="{name}"; filename="{filename}"'):
+        # White space says nothing, and makes it no longer the common form.
+        assert outcome(value) == outcome(value.replace("; name", " ; name", 1))
+
+
+def outcome(value: str) -> Disposition | None:
+    try:
+        return disposition_params(value)
+    except ValueError:
+        return None
 
 
 @settings(max_examples=300, deadline=None)
