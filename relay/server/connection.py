@@ -74,6 +74,7 @@ class HttpConnection:
         self.awaits_response = False
         self.read_was_full = False
         # Of the body in progress:
+        self._waits_for_100 = False
         self._left = 0
         self._chunked: ChunkedValidator | None = None
         self._waited = 0.0
@@ -116,24 +117,21 @@ class HttpConnection:
 
     async def _gather_head(self) -> bool:
         """Read a head's bytes into ``_head``; False if no further request comes."""
-        # One h11 connection per request: with pipelined input kept on our side, nothing of one
-        # request can reach the next.
-        self._h11 = h11.Connection(h11.SERVER, self._config.max_header_bytes * 2)
         self._is_head = False
-        reader = HeadReader(max_bytes=self._config.max_header_bytes)
         is_first = self._heads == 0
         self._heads += 1
         timeout = self._config.header_timeout if is_first else self._config.keep_alive_timeout
         deadline = trio.current_time() + timeout
-        if not self._unread and not await self._read_head(reader, deadline):
+        if not self._unread and not await self._read_head(deadline, started=False):
             return False
         if self._known is not None and self._unread.startswith(self._known_head):
             # As the reader would have it: a head ends with the first empty line in it.
             self.awaits_response = True
             self._head, self._unread = self._known_head, self._unread[len(self._known_head) :]
             return True
+        reader = HeadReader(max_bytes=self._config.max_header_bytes)
         while not reader.done:
-            if not self._unread and not await self._read_head(reader, deadline):
+            if not self._unread and not await self._read_head(deadline, started=reader.started):
                 return False
             self.awaits_response = True
             had_started = reader.started
@@ -143,16 +141,16 @@ class HttpConnection:
         self._head = reader.head
         return True
 
-    async def _read_head(self, reader: HeadReader, deadline: float) -> bool:
+    async def _read_head(self, deadline: float, *, started: bool) -> bool:
         """Fill ``_unread``; False if the client ended or sat out the time between requests."""
-        waiting = trio.move_on_at if reader.started else self._idle.until
+        waiting = trio.move_on_at if started else self._idle.until
         with waiting(deadline) as scope:
             self._unread = await self._receive_some(SMALL_READ_SIZE)
         if scope.cancelled_caught:
-            if reader.started:
+            if started:
                 raise TooSlow("the request's headers took too long")
             return False
-        if not self._unread and reader.started:
+        if not self._unread and started:
             raise ClientGone("the client left in the middle of a request's headers")
         return bool(self._unread)
 
@@ -164,6 +162,9 @@ class HttpConnection:
         Raises:
             BadRequest: h11 finds something wrong with the head.
         """
+        # One h11 connection per request: with pipelined input kept on our side, nothing of one
+        # request can reach the next.
+        self._h11 = h11.Connection(h11.SERVER, self._config.max_header_bytes * 2)
         # Not before its user has understood the head, whose errors are more precise than h11's.
         self._h11.receive_data(self._head)
         try:
@@ -171,9 +172,11 @@ class HttpConnection:
         except h11.RemoteProtocolError as exc:
             raise BadRequest(f"malformed request: {exc}") from exc
         self._begin_body(content_length)
+        self._waits_for_100 = self._h11.they_are_waiting_for_100_continue
 
     def _begin_body(self, content_length: int | None) -> None:
         self._head = b""
+        self._waits_for_100 = False
         self._waited = 0.0
         self._received = 0
         self.read_was_full = False
@@ -277,7 +280,8 @@ class HttpConnection:
 
     async def send_continue(self) -> None:
         """Send 100 (Continue), if the client waits for it."""
-        if self._h11.they_are_waiting_for_100_continue and not self._unread:
+        if self._waits_for_100 and not self._unread:
+            self._waits_for_100 = False
             await self._send(self._h11.send(_CONTINUE))
 
     async def respond(self, response: Response, *, close: bool) -> None:
