@@ -7,8 +7,7 @@ version. It knows nothing of transfers, confirms or reconnecting: one stream, dr
 Three things differ from pika's own adapters. Message bodies are queued as they are, never copied
 into an AMQP frame, and leave with ``sendmsg`` of many buffers. Channels take turns: nothing waits
 for all that another channel has queued before. And nothing here bounds the queue: pika's writes are
-synchronous, so whoever publishes asks first (``takes_more``), and bounds what is outstanding
-(``window.py``).
+synchronous, so whoever publishes bounds what is outstanding (``window.py``).
 """
 
 import ssl
@@ -41,11 +40,6 @@ SENDMSG_BUFFERS: Final = 64
 STAGE_SIZE: Final = 512 * 1024
 """Bytes that are next, in an order that is settled: a message that comes now waits for those, and
 for one message of each other channel. Some frames, so that a system call is worth its price."""
-
-QUEUE_SIZE: Final = 8 * 1024 * 1024
-"""Bytes queued beyond which uploads wait. A longer queue keeps no broker busier, and what waits in
-it for long has left the CPU's caches when its turn comes: with 16 uploads at once, and a window of
-64 MiB, that was a tenth of the daemon's CPU. Not less than an upload's own window."""
 
 JOIN_SIZE: Final = 256 * 1024
 """Bytes written at once to a stream that takes no list of buffers, such as TLS: 16 full records
@@ -114,8 +108,6 @@ class TrioConnection(Connection):
         self._lanes: dict[int, deque[tuple[int, tuple[Buffer, ...]]]] = {}
         self._turns: deque[int] = deque()
         self._queued = 0
-        # Who is to be told when more may come, in the order in which they asked.
-        self._waiting: dict[Callable[[], object], None] = {}
         self._writable = trio.lowlevel.ParkingLot()
         self._paused = False
         self._resumed = trio.lowlevel.ParkingLot()
@@ -155,7 +147,6 @@ class TrioConnection(Connection):
             self._turns.clear()
             self._lanes.clear()
             self._queued = self._staged = 0
-            self._waiting.clear()
             try:
                 await trio.aclose_forcefully(self._stream)
             finally:
@@ -191,16 +182,6 @@ class TrioConnection(Connection):
             buffers += (head, piece)
             head = _FRAME_END
         self._emit(channel_number, *buffers, head)
-
-    def takes_more(self, wake: Callable[[], object]) -> bool:
-        """Whether another message should be queued; if not, ``wake`` is called when one may be.
-
-        It is called once, however often it was given, and need not be if the connection ends.
-        """
-        if self._queued < QUEUE_SIZE:
-            return True
-        self._waiting.setdefault(wake)
-        return False
 
     def pause_reading(self) -> None:
         """Read no more until ``resume_reading``; what has been read is still handled.
@@ -290,7 +271,6 @@ class TrioConnection(Connection):
                     await self._writable.park()
                 self._fill_stage()
                 self._sent(await self._send())
-                self._wake_waiting()
         except (trio.BrokenResourceError, OSError) as exc:
             # What the broker said before it went, such as why, may still be unread.
             await trio.sleep(LAST_WORDS)
@@ -336,16 +316,6 @@ class TrioConnection(Connection):
                 return
             size -= len(first)
             self._stage.popleft()
-
-    def _wake_waiting(self) -> None:
-        # One for each write: who is woken queues what it has read, about as much as was written.
-        # All, before there would be nothing to write: one that was woken may have gone.
-        while self._waiting and self._queued < QUEUE_SIZE:
-            wake = next(iter(self._waiting))
-            del self._waiting[wake]
-            wake()
-            if self._queued:
-                return
 
     def _lose(self, error: Exception) -> None:
         if self._lost is None:

@@ -117,8 +117,6 @@ class Publication:
         self._timed: Message | None = None
         self._timed_since = 0.0
         self._changed = trio.lowlevel.ParkingLot()
-        # Whether the connection's queue is what it waits for, so that acks are no news to it.
-        self._awaits_queue = False
 
     @property
     def unconfirmed(self) -> int:
@@ -175,7 +173,6 @@ class Publication:
     def close(self) -> None:
         """Give the channel back as soon as all that was published on it is settled."""
         self._closed = True
-        self._awaits_queue = False
         self._recovery.cancel()
         self._give_up()
         self._release_channel()
@@ -236,15 +233,10 @@ class Publication:
         return self._channel is not None and self._failure is None and not self._again
 
     def _has_room(self, size: int) -> bool:
-        self._awaits_queue = False
-        outstanding = self._outstanding
-        if not outstanding:  # one frame is always taken: small uploads stand in no queue
-            return True
-        if self._unconfirmed + size > self._config.upload_window or outstanding >= MESSAGES_MAX:
-            return False
-        assert self._channel is not None
-        self._awaits_queue = not self._channel.takes_more(self._changed.unpark_all)
-        return not self._awaits_queue
+        return (
+            self._unconfirmed + size <= self._config.upload_window
+            and self._outstanding < MESSAGES_MAX
+        )
 
     @property
     def _outstanding(self) -> int:
@@ -261,8 +253,7 @@ class Publication:
             with trio.move_on_at(self._deadline()) as scope:
                 await self._changed.park()
             self._waits.end()
-            # Acks that were no news have moved the deadline.
-            if scope.cancelled_caught and trio.current_time() >= self._deadline():
+            if scope.cancelled_caught:
                 await self._give_up_waiting()
 
     @property
@@ -412,8 +403,7 @@ class Publication:
             self._fail(self._rejection.gap if is_gap else QueueFull(FULL))
         elif outcome is Outcome.RETURNED:
             self._fail(Unroutable("no queue is bound where this route publishes"))
-        is_no_news = self._awaits_queue and self._outstanding and self._failure is None
-        if self._changed and not is_no_news:
+        if self._changed:
             self._changed.unpark_all()
         if self._closed:
             self._release_channel()

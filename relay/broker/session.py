@@ -86,13 +86,6 @@ class ConfirmChannel:
         """Number of messages not yet settled."""
         return len(self._confirms)
 
-    def takes_more(self, wake: Callable[[], object]) -> bool:
-        """Whether a message should be published now; if not, ``wake`` is called when it may be.
-
-        Another upload may have been quicker then.
-        """
-        return self._connection.takes_more(wake)
-
     def assign(self, owner: ChannelOwner, address: Address) -> None:
         """Give the channel to an upload, whose messages all go to ``address``.
 

@@ -4,7 +4,6 @@ import struct
 import tracemalloc
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
-from functools import partial
 
 import pika
 import pika.exceptions
@@ -16,7 +15,7 @@ from pika import frame as amqp
 from pika import spec
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
-from relay.broker.adapter import ACK_PAUSE, BULK_SIZE, JOIN_SIZE, QUEUE_SIZE, TrioConnection
+from relay.broker.adapter import ACK_PAUSE, BULK_SIZE, JOIN_SIZE, TrioConnection
 from tests.scripted_broker import Published, RelayGone, ScriptedBroker, patience
 
 FRAME_MAX = 4096
@@ -502,38 +501,3 @@ async def test_nothing_of_a_connection_outlives_it(autojump_clock: MockClock) ->
         await it.broker.cut()
     assert trio.lowlevel.current_statistics().tasks_living == tasks
     assert it.connection.queued == 0
-
-
-async def test_whoever_waits_for_the_queue_is_told_once_in_turn_and_all_when_it_is_empty() -> None:
-    size = QUEUE_SIZE // 2
-    told: list[int] = []
-    wakes: list[Callable[[], None]] = [partial(told.append, number) for number in range(4)]
-    ours, theirs = trio.testing.lockstep_stream_pair()
-    it = Line(ours, ScriptedBroker(theirs, frame_max=FRAME_MAX))
-    async with opened(it):
-        await it.open_channel()
-        assert it.connection.takes_more(wakes[0])
-        for _ in range(2):
-            it.publish(1, bytes(size))
-        for wake in (*wakes, wakes[0]):
-            assert not it.connection.takes_more(wake)
-        seen = []
-        while it.connection.queued:
-            await theirs.receive_some(JOIN_SIZE)
-            await wait_all_tasks_blocked()
-            seen.append(len(told))
-        assert told == [0, 1, 2, 3]
-        assert seen[:3] == [1, 2, 3]
-        assert it.connection.takes_more(wakes[0])
-
-
-async def test_an_empty_queue_leaves_nobody_waiting() -> None:
-    told: list[int] = []
-    async with opened(line()) as it:
-        await it.open_channel()
-        it.publish(1, bytes(QUEUE_SIZE))
-        wakes = [partial(told.append, number) for number in range(100)]
-        assert not any(it.connection.takes_more(wake) for wake in wakes)
-        await it.broker.published()
-        await wait_all_tasks_blocked()
-        assert told == list(range(100))

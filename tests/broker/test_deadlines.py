@@ -7,11 +7,10 @@ import trio
 from pika.spec import Confirm, Connection, Queue
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from relay.broker import adapter
 from relay.broker import publisher as publishing
 from relay.broker.session import RPC_TIMEOUT
 from relay.config import QueueConfig
-from relay.errors import BrokerBlocked, BrokerUnavailable, ConfirmTimeout, OutcomeUnknown, QueueFull
+from relay.errors import BrokerBlocked, BrokerUnavailable, ConfirmTimeout, OutcomeUnknown
 from relay.model import Abort
 from tests.broker.attempt import FRAME, ROUTE, running
 from tests.scripted_broker import Network
@@ -55,42 +54,6 @@ async def test_each_confirm_begins_the_wait_anew(autojump_clock: MockClock) -> N
             await broker.confirm(message)
         await broker.confirm(*await broker.published())
         assert await upload.outcome() is None
-
-
-async def test_an_upload_that_waits_for_the_connections_queue_is_told_what_matters(
-    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with running(Network(), confirm_timeout=TIMEOUT) as relay:
-        broker = await relay.broker()
-        upload = relay.attempt(6, pause_before=3)
-        messages = await broker.published(3)
-        monkeypatch.setattr(adapter, "QUEUE_SIZE", 0)  # full from now on
-        upload.go_on()
-        for message in messages[:2]:
-            await trio.sleep(TIMEOUT - 1)
-            await broker.confirm(message)
-            await broker.silence()
-        await trio.sleep(TIMEOUT - 1)
-        await broker.confirm(messages[2])
-        # With nothing out, one frame is always taken.
-        for _ in range(3):
-            await broker.confirm(*await broker.published())
-        assert await upload.outcome() is None
-
-
-async def test_a_nack_fails_an_upload_that_waits_for_the_connections_queue(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with running(Network(), confirm_timeout=TIMEOUT) as relay:
-        broker = await relay.broker()
-        upload = relay.attempt(5, pause_before=3)
-        messages = await broker.published(3)
-        monkeypatch.setattr(adapter, "QUEUE_SIZE", 0)
-        upload.go_on()
-        await broker.confirm(messages[0])
-        await broker.silence()
-        await broker.reject(messages[1])
-        assert isinstance(await upload.outcome(), QueueFull)
 
 
 async def test_the_clock_does_not_run_while_nothing_is_outstanding(
