@@ -58,7 +58,7 @@ def routes(draw: st.DrawFn) -> dict[str, RouteConfig]:
 @given(
     routes=routes(),
     grace=st.floats(0, 366 * 86400),
-    window=st.integers(8 * 1024 * 1024, 2**50),
+    window=st.integers(16 * 1024 * 1024, 2**50),
     header_bytes=st.integers(1, 2**40),
 )
 def test_any_configuration_that_is_shown_loads_as_the_same(

@@ -6,11 +6,13 @@ from pathlib import Path
 from random import Random
 
 import pika
+import pika.exceptions
 import pytest
-from pika.spec import BasicProperties
 
 from relay.demo.rabbitmq import RabbitMQNode
-from relay.protocol.wire import APP_ID, encode_abort, encode_frame
+from relay.model import Frame
+from relay.protocol.wire import encode_abort, encode_frame
+from tests.observed_receiver import properties_of
 from tests.receiving import (
     FRAME,
     QUORUM,
@@ -220,6 +222,18 @@ def test_a_disk_that_takes_no_more_ends_it_and_nothing_is_lost(
     check(output, frames, ("0-x", body))
 
 
+def _is_taken(connection: pika.BlockingConnection, queue: Queue, frame: Frame) -> bool:
+    """Whether the broker confirms a frame, on a channel of its own."""
+    message = encode_frame(frame)
+    with connection.channel() as channel:
+        channel.confirm_delivery()
+        try:
+            channel.basic_publish("", queue.name, message.body, properties_of(message))
+        except pika.exceptions.NackError:
+            return False
+    return True
+
+
 def test_a_restarted_broker_is_found_again(start: Start, output: Path) -> None:
     with RabbitMQNode() as node:
         body = Random(6).randbytes(50 * FRAME)
@@ -232,17 +246,10 @@ def test_a_restarted_broker_is_found_again(start: Start, output: Path) -> None:
         connection.close()
         node.restart()
         with pika.BlockingConnection(pika.URLParameters(node.url)) as connection:
-            channel = connection.channel()
-            for frame in frames[25:]:
-                message = encode_frame(frame)
-                properties = BasicProperties(
-                    app_id=APP_ID,
-                    type=message.type,
-                    correlation_id=message.correlation_id,
-                    timestamp=message.timestamp,
-                    headers=dict(message.headers),
-                )
-                channel.basic_publish("", queue.name, message.body, properties)
+            # As long as the queue has no leader, what is published to it is rejected.
+            eventually(lambda: _is_taken(connection, queue, frames[25]), "the queue has a leader")
+            for frame in frames[26:]:
+                assert _is_taken(connection, queue, frame)
         assert receiver.wait() == 0
     check(output, frames, ("0-x", body))
     assert "trying again" in receiver.err
